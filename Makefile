@@ -1,0 +1,95 @@
+# `make run` and `make test` set everything up on a Debian 12 with python3, python3-venv, pip and make; nothing outside this
+# directory changes, except that `make test`, run by root, installs the Debian packages the tests drive.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
+# Arguments of `make run` and `make bench`.
+ARGS ?=
+# Workers of the test run, and what pytest is to run.
+JOBS ?= 2
+TESTS ?= tests/unit tests/property tests/simulation tests/integration tests/e2e tests/fuzz
+# Seconds for each fuzz target: short within `make test`, longer with `make fuzz`.
+FUZZ_SECONDS ?= 60
+FUZZ_SHORT_SECONDS := 5
+
+# The programs under test draw wide characters; C.UTF-8 is on every Debian.
+export LC_ALL := C.UTF-8
+# Benchmarks and tests start `sterna` and `python` from here; the set-up above them keeps the caller's PATH.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: run test lint check-lint check-tests check-fuzz fuzz bench packages lock clean help
+
+help:
+	@echo 'make run    set up and run "sterna up" (ARGS="--port 7220 -- bash")'
+	@echo 'make test   set up and run every check and test'
+	@echo 'make lint   ruff, mypy --strict, import-linter'
+	@echo 'make fuzz   fuzz the decoders, FUZZ_SECONDS=60 each'
+	@echo 'make bench  run the benchmarks (ARGS=...)'
+	@echo 'make lock   resolve the locked versions anew (UPGRADE=--upgrade for newer ones)'
+	@echo 'make clean  remove what these commands made'
+
+run: $(VENV)/.runtime
+	exec $(BIN)/sterna up $(ARGS)
+
+# One after another, also under `make -j`: the machine's cores belong to the tests.
+test: packages $(VENV)/.dev
+	$(MAKE) check-lint
+	$(MAKE) check-tests
+	$(MAKE) check-fuzz
+
+lint: $(VENV)/.dev
+	$(MAKE) check-lint
+
+fuzz: $(VENV)/.dev
+	$(IN_VENV) scripts/fuzz $(FUZZ_SECONDS)
+
+bench: packages $(VENV)/.dev
+	$(IN_VENV) bench/run $(ARGS)
+
+check-lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src tests
+	$(BIN)/lint-imports --no-logo
+
+check-tests:
+	$(IN_VENV) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+check-fuzz:
+	$(IN_VENV) scripts/fuzz $(FUZZ_SHORT_SECONDS)
+
+packages:
+	@scripts/install-test-packages
+
+# Stamps: each names what was installed last, so that a second run installs nothing.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Sterna needs Python 3.11 or newer: install it and name it, for example "make run PYTHON=python3.12".' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'Python lacks its venv module: run "apt-get install python3-venv" and try again.' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: requirements.lock pyproject.toml $(VENV)/.made
+	$(PIP_INSTALL) --require-hashes -r requirements.lock
+	$(PIP_INSTALL) --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(PIP_INSTALL) --use-pep517 --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# The versions of the runtime lock bind the development lock, so both describe one environment.
+LOCK := .lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--custom-compile-command 'make lock' $(UPGRADE) pyproject.toml
+lock:
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check uv
+	$(LOCK) -o requirements.lock
+	$(LOCK) --extra fuzz --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .lock-venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .fuzz build dist
+	find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m sterna` is the `sterna` command."""
+
+from sterna.cli.main import main
+
+main()

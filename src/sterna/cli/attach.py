@@ -1,0 +1,39 @@
+"""`sterna attach` and `sterna new`."""
+
+from __future__ import annotations
+
+import click
+
+from sterna.cli.options import node_options
+
+
+@click.command()
+@click.argument("target", required=False)
+@click.option("--name", help="The session with this name, made if there is none.")
+@click.option("--new", "fresh", is_flag=True, help="A new session.")
+@click.option("--watch", is_flag=True, help="Look on without typing.")
+@click.option("-d", "--displace", is_flag=True, help="Detach all other terminals.")
+@click.option("--escape", default="~", help="The escape character, or `none`.", show_default=True)
+@click.option("--clipboard", is_flag=True, help="Let the session write the clipboard (OSC 52).")
+@click.option("--notify", is_flag=True, help="Pass bell and exit on as desktop notifications.")
+@node_options
+def attach(
+    target: str | None, name: str | None, fresh: bool, watch: bool, displace: bool, escape: str, clipboard: bool, notify: bool,
+    state: str | None, host: str | None, port: int | None,
+) -> int:  # fmt: skip
+    """A terminal on a session: your latest with an AGENT, one by NAME, or the one of a share LINK.
+
+    After a newline, `~d` detaches, `~.` drops the connection and `~?` shows help.
+    """
+    from sterna.cli.target import choose
+    from sterna.client import attach as client
+
+    endpoint, wish = choose(target, name=name, fresh=fresh, state=state, host=host, port=port)
+    options = client.AttachOptions()
+    options.state = state
+    options.displace = displace
+    options.escape = None if escape == "none" else escape
+    options.clipboard = clipboard
+    options.notify = notify
+    options.mode = "watch" if watch else "drive"
+    return client.attach(endpoint, wish, options)

@@ -1,0 +1,92 @@
+"""The `sterna` command: a lazy group, so that each command imports only what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from sterna import __version__
+from sterna.errors import SternaError, UsageError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "attach": ("attach", "A terminal on a session; it survives any loss of the network."),
+    "capture": ("script", "Print what a session's screen shows."),
+    "close": ("sessions", "End a session for good."),
+    "completion": ("completion", "Print the shell's completion script."),
+    "devices": ("access", "List the devices that have been here."),
+    "doctor": ("doctor", "Check this machine and say what to do."),
+    "down": ("up", "Stop what `sterna up` started: the node and its agents."),
+    "info": ("sessions", "Show one session in detail."),
+    "ls": ("sessions", "List sessions and agents."),
+    "new": ("attach", "Begin a new session and print its name."),
+    "node": ("node", "The node daemon."),
+    "pipe": ("pipe", "Connect standard input and output to a session, exactly."),
+    "play": ("record", "Play a recording."),
+    "pod": ("pod", "Serve a command as an agent."),
+    "record": ("record", "Record a session as asciicast v3."),
+    "rename": ("sessions", "Give a session another name."),
+    "revoke": ("access", "Refuse a device or an access token from now on."),
+    "send": ("script", "Type text into a session."),
+    "share": ("access", "Print a link and a QR code for another device."),
+    "token": ("access", "Issue an access token."),
+    "up": ("up", "Everything on this machine: node and agent."),
+    "wait": ("script", "Wait for a session's end, a text, or quiet."),
+}
+"""Every command: its module in this package, and its line in the overview."""
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and imports one only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns all names."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports a command."""
+        found = COMMANDS.get(cmd_name)
+        if found is None:
+            return None
+        command: click.Command = getattr(import_module(f"sterna.cli.{found[0]}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
+@click.version_option(__version__, prog_name="sterna")
+@click.option("--debug", is_flag=True, envvar="STERNA_DEBUG", help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Terminal and agent sessions that survive everything."""
+    if debug:
+        os.environ["STERNA_DEBUG"] = "1"
+
+
+def main() -> NoReturn:
+    """Runs the command line: errors become one sentence on standard error; exit status 0, 1 (failed) or 2 (wrong use)."""
+    try:
+        result = cli.main(prog_name="sterna", standalone_mode=False)
+        status = result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        status = 2 if isinstance(error, click.UsageError) else 1
+    except click.Abort:
+        status = 130
+    except SternaError as error:
+        if os.environ.get("STERNA_DEBUG"):
+            raise
+        sys.stderr.write(f"sterna: {error}\n")
+        status = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+    sys.exit(status)

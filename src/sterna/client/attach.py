@@ -1,0 +1,264 @@
+"""`sterna attach`: a terminal on a session, through any failure of the network."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+from sterna.client.driver import PollDriver
+from sterna.client.endpoint import Endpoint
+from sterna.client.escape import Action, EscapeKeys, help_text
+from sterna.client.notify import Notifier
+from sterna.client.queries import LIVE, PASSIVE, REPLAY, QueryFilter
+from sterna.client.session import Wish, make_machine
+from sterna.client.status import OutputTail, ScreenModel, StatusLine
+from sterna.client.terminal import Terminal
+from sterna.errors import Code, RefusedError
+from sterna.protocol import client as machine_events
+from sterna.protocol.client import ClientMachine, Event
+from sterna.protocol.messages import Close
+
+_IN, _OUT = select.POLLIN, select.POLLOUT
+
+
+class AttachOptions:
+    """What the user chose for `attach`; `make_screen` builds the screen model for the status line."""
+
+    __slots__ = ("clipboard", "displace", "escape", "make_screen", "mode", "notify", "state")
+
+    def __init__(self) -> None:
+        self.state: str | None = None
+        self.displace = False
+        self.escape: str | None = "~"
+        self.clipboard = False
+        self.notify = False
+        self.mode: str = "drive"
+        self.make_screen: Callable[[int, int], ScreenModel] | None = None
+
+
+class Attach:
+    """One run of `sterna attach`; `run` returns the exit status."""
+
+    def __init__(self, endpoint: Endpoint, wish: Wish, options: AttachOptions, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._options = options
+        self._endpoint = endpoint
+        watching = options.mode == "watch" or endpoint.watch
+        self._watching = watching
+        self._machine: ClientMachine = make_machine(
+            endpoint, wish, state=options.state, size=terminal.size(), term=os.environ.get("TERM", "xterm"),
+            mode="watch" if watching else "drive", displace=options.displace,
+        )  # fmt: skip
+        self._driver = PollDriver(self._machine, endpoint, self._event)
+        self._escape = EscapeKeys(options.escape is not None, options.escape or "~")
+        self._filter = QueryFilter(PASSIVE if watching else LIVE, clipboard=options.clipboard)
+        self._typist = not watching
+        self._tail = OutputTail()
+        self._status = StatusLine(
+            endpoint.name, self._tail, terminal.modes, options.make_screen, color="NO_COLOR" not in os.environ
+        )
+        self._queue: deque[tuple[bytes, int]] = deque()  # what the terminal has not taken, and the position after it
+        self._typed = b""  # what the window has not taken
+        self._notifier = Notifier("", os.environ) if options.notify else None
+        self._name = ""
+        self._close: Close | None = None
+        self._error: RefusedError | None = None
+        self._left = ""
+        self._uncertain = 0
+        self._lost = 0
+
+    def run(self) -> int:
+        """Stays attached until the session ends, the user leaves, or it cannot go on; returns the exit status."""
+        driver, terminal = self._driver, self._terminal
+        driver.watch(terminal.in_fd, _IN, self._keys)
+        driver.watch(terminal.wake_fd, _IN, self._woken)
+        try:
+            while not (self._left or self._error or (self._close is not None and not self._queue)):
+                self._driver.turn(self._status.next_timeout())
+                self._tick()
+            self._write(self._status.end())
+            if self._close is not None:
+                self._machine.confirm_end(time.monotonic_ns())
+        finally:
+            driver.close()
+        return self._result()
+
+    def _result(self) -> int:
+        return 0 if self._close is None and self._error is None else self._exit_status()
+
+    def _exit_status(self) -> int:
+        close = self._close
+        if close is None:
+            return 1
+        if close.status is not None:
+            return close.status
+        return 128 + close.signal if close.signal is not None else 1
+
+    def farewell(self) -> str:
+        """Returns what is said on the user's terminal after it was restored; "" if nothing is to be said."""
+        lines: list[str] = []
+        if self._lost:
+            lines.append(f"{self._lost} bytes of output were overwritten before this terminal got them.")
+        if self._uncertain:
+            lines.append(f"{self._uncertain} bytes of input may not have reached the program.")
+        if self._error is not None:
+            lines.append(str(self._error))
+        elif self._close is not None:
+            code = self._close.code
+            if code not in (int(Code.OK), int(Code.ENDED)):
+                lines.append(f"The session {self._name} ended: {self._close.reason}")
+            elif self._close.status is None and self._close.signal is None:
+                lines.append(f"The session {self._name} was closed.")
+        elif self._left:
+            lines.append(f"Detached from {self._name}; `sterna attach --name {self._name}` comes back." if self._name else "")
+        return "\n".join(line for line in lines if line)
+
+    # ---- the terminal ------------------------------------------------------------------------------------------
+
+    def _keys(self, _events: int) -> None:
+        if self._typed:
+            self._driver.unwatch(self._terminal.in_fd)  # the window is full: typing waits, as on a slow line
+            return
+        data = self._terminal.read()
+        if data is None:
+            return
+        if not data:
+            self._left = "hangup"
+            return
+        data, actions = self._escape.feed(data)
+        if data and not self._watching:
+            taken = self._machine.write(data, time.monotonic_ns())
+            self._typed = data[taken:]
+        for action in actions:
+            self._act(action)
+
+    def _act(self, action: Action) -> None:
+        if action is Action.HELP:
+            self._write(b"\r\n" + help_text(self._options.escape or "~").encode())
+        elif action is Action.DROP:
+            self._left = "dropped"
+        else:
+            self._machine.suspend(time.monotonic_ns())
+
+    def _woken(self, _events: int) -> None:
+        if self._terminal.woken():
+            self._tail.resized()
+            self._machine.resize(*self._terminal.size())
+
+    def _write(self, data: bytes) -> None:
+        """Writes something of our own, after what waits."""
+        if data:
+            self._queue.append((data, -1))
+            self._flush(0)
+
+    def _flush(self, _events: int) -> None:
+        """Gives the terminal what it takes; what it took of the session's output is handled."""
+        queue, terminal = self._queue, self._terminal
+        handled = -1
+        while queue:
+            data, end = queue[0]
+            written = terminal.write(data) if data else 0
+            if end >= 0 and written:
+                self._tail.append(data[:written] if written < len(data) else data)
+            if written < len(data):
+                queue[0] = (data[written:], end)
+                self._driver.watch(terminal.out_fd, _OUT, self._flush)
+                break
+            queue.popleft()
+            handled = max(handled, end)
+        else:
+            self._driver.unwatch(terminal.out_fd)
+        if handled >= 0:
+            self._machine.handled(handled, time.monotonic_ns())
+
+    def _tick(self) -> None:
+        if self._status.next_timeout() is not None and not self._queue:
+            cols, rows = self._terminal.size()
+            self._write(self._status.handle_timeout(time.monotonic_ns(), cols, rows))
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, machine_events.Output):
+            self._output(event)
+        elif isinstance(event, machine_events.Screen):
+            self._screen(event)
+        elif isinstance(event, machine_events.Trouble):
+            if event.since is None:
+                self._write(self._status.end())
+            else:
+                self._status.begin(event.since)
+        elif isinstance(event, machine_events.Roomy):
+            self._roomy()
+        elif isinstance(event, machine_events.Opened):
+            self._name = event.accept.name
+            if self._notifier is not None:
+                self._notifier = Notifier(self._name, os.environ)
+        elif isinstance(event, machine_events.Gap):
+            self._lost += event.end - event.start
+        elif isinstance(event, machine_events.Uncertain):
+            self._uncertain = max(self._uncertain, event.end - event.start)
+        elif isinstance(event, machine_events.Notice):
+            if event.event.kind == "typist" and not self._watching:
+                self._typist = bool(event.event.count)
+        elif isinstance(event, machine_events.Ended):
+            self._end(event.close)
+        elif isinstance(event, machine_events.Suspended):
+            self._left = "detached"
+        else:
+            self._error = event.error
+
+    def _output(self, event: machine_events.Output) -> None:
+        if self._status.visible:
+            self._write(self._status.end())
+        self._filter.mode = REPLAY if event.replayed else LIVE if self._typist else PASSIVE
+        data = self._filter.feed(event.data)
+        if self._notifier is not None and b"\a" in data:
+            data += self._notifier.bell(time.monotonic_ns())
+        self._queue.append((data, event.end))
+        self._flush(0)
+
+    def _screen(self, event: machine_events.Screen) -> None:
+        data = event.data
+        if event.zstd:
+            from sterna.protocol.compress import decompress
+
+            data = decompress(data)
+        self._write(self._status.end())
+        self._filter.flush()
+        self._queue.append((data, event.position))
+        self._flush(0)
+
+    def _roomy(self) -> None:
+        if self._typed:
+            taken = self._machine.write(self._typed, time.monotonic_ns())
+            self._typed = self._typed[taken:]
+        if not self._typed:
+            self._driver.watch(self._terminal.in_fd, _IN, self._keys)
+
+    def _end(self, close: Close) -> None:
+        self._close = close
+        rest = self._filter.flush()
+        if rest:
+            self._write(rest)
+        if self._notifier is not None:
+            status = f"signal {close.signal}" if close.signal is not None else f"exit status {close.status or 0}"
+            self._write(self._notifier.exited(status))
+
+
+def attach(endpoint: Endpoint, wish: Wish, options: AttachOptions) -> int:
+    """Attaches this process's terminal to a session; returns the exit status: the program's, 0 after leaving, 1 on failure.
+
+    Raises UsageError without a terminal, TrustError, StorageError or ConnectionLostError before the session is there.
+    """
+    with Terminal() as terminal:
+        run = Attach(endpoint, wish, options, terminal)
+        status = run.run()
+    words = run.farewell()
+    if words:
+        sys.stderr.write(words + "\n")
+    return status

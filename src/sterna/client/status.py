@@ -1,0 +1,365 @@
+"""The quiet status line of `sterna attach`: says after a second that the connection is gone, and leaves no trace.
+
+It is drawn over the screen that the session painted, so the screen has to be known: only when there is trouble, a
+screen model is built from the last output. Sources: ECMA-48, xterm's ctlseqs (XTWINOPS 22 and 23), no-color.org.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from sterna.errors import SternaError
+from sterna.limits import CLIENT_TAIL_BYTES, LABEL_MAX_CHARS
+from sterna.units import MILLISECOND
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sterna.client.terminal import ModeTracker
+
+STATUS_DELAY_MS = 1_000
+STATUS_EVERY_MS = 1_000
+UNFINISHED_MAX_BYTES = 4_096
+
+_SECOND_NS = STATUS_EVERY_MS * MILLISECOND
+_UNKNOWN_CELL = "\uf8ff"  # private use: no program draws with it
+_UNSTYLED_BLANKS = re.compile(rb"(?:\x1b\[0?m|\x1b\[[0-9]*C| )*")
+_UNFINISHED = re.compile(
+    rb"\x1b(?:[ -/]*|\[[\x00-\x17\x19\x1c-\x3f\x7f]*|\][^\x07\x18\x1a]*|[PX^_][^\x18\x1a]*)\Z", re.DOTALL
+)
+_SEQUENCE = re.compile(
+    rb"\x1b(?:\[[\x00-\x17\x19\x1c-\x3f\x7f]*[@-~]|\][^\x07\x18\x1a]*[\x07\x18\x1a]|[PX^_][^\x18\x1a]*[\x18\x1a]"
+    rb"|[ -/]*[0-OQ-WYZ\\`-~])"
+)
+# What may change the style: SGR, a restored cursor, a reset, or a sequence that is cut.
+_STYLES = re.compile(rb"\x1b(?:\[[0-9;:]*m|8|c|\[!p|\[u|\[\?[0-9;]*l|\Z|\[[0-?]*\Z)")
+_MODEL_ERRORS = (ImportError, OSError, RuntimeError, ValueError, SternaError)
+
+
+class ScreenModel(Protocol):
+    """What is asked of a terminal emulator; rows and columns count from 0."""
+
+    def feed(self, data: bytes) -> None:
+        """Takes output of the session."""
+
+    def cursor(self) -> tuple[int, int, bool]:
+        """Returns row, column, and whether the next character wraps (a character was written in the last column)."""
+
+    def pen_vt(self) -> bytes:
+        """Returns the bytes that select the current style, beginning with a reset (CSI m)."""
+
+    def row_text(self, row: int) -> str:
+        """Returns the text of a row; trailing blanks may be missing."""
+
+    def row_vt(self, row: int) -> bytes:
+        """Returns what paints a cleared row from its first column on: styles, beginning with a reset, and characters.
+
+        Trailing unstyled blanks may be missing, unless the last character was written in the last column.
+        """
+
+
+class OutputTail:
+    """The last of the session's output that was written to the terminal, kept cheaply."""
+
+    __slots__ = ("_limit_bytes", "_pieces", "_size", "styled")
+
+    def __init__(self, limit_bytes: int = CLIENT_TAIL_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+        self.styled = False  # whether a style other than the default may have been selected where the tail begins
+
+    def append(self, data: bytes) -> None:
+        """Takes what was written; keeps at least the last `limit_bytes` and less than one more piece of that size."""
+        for start in range(0, len(data), self._limit_bytes):
+            self._pieces.append(data[start : start + self._limit_bytes])
+        self._size += len(data)
+        while self._pieces and self._size - len(self._pieces[0]) >= self._limit_bytes:
+            self._drop(self._pieces.popleft())
+
+    def resized(self) -> None:
+        """Forgets what was written for another terminal size, except for a sequence that is not finished."""
+        data = self.data()
+        rest = unfinished(data)
+        kept = data[-UNFINISHED_MAX_BYTES - 1 :] if rest is None else rest
+        while self._pieces:
+            self._drop(self._pieces.popleft())
+        self.append(kept)
+
+    def data(self) -> bytes:
+        """Returns the tail in one piece."""
+        return b"".join(self._pieces)
+
+    def _drop(self, piece: bytes) -> None:
+        self._size -= len(piece)
+        if b"\x1b" in piece:
+            reset = max(piece.rfind(b"\x1b[m"), piece.rfind(b"\x1b[0m"))
+            self.styled = bool(_STYLES.search(piece, reset + 3 if reset >= 0 else 0)) or (self.styled and reset < 0)
+
+
+def unfinished(data: bytes) -> bytes | None:
+    """Returns the control sequence that output ends in the middle of, which is repeated after something else was drawn.
+
+    None when nothing may be drawn: in the middle of a UTF-8 character, or of a sequence over UNFINISHED_MAX_BYTES.
+    """
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte >= 0xC0:
+            if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4):
+                return None
+            break
+        if byte < 0x80:
+            break
+    start = data.rfind(b"\x1b")
+    if start < 0 or not _UNFINISHED.match(data, start):
+        return b""
+    return data[start:] if len(data) - start <= UNFINISHED_MAX_BYTES else None
+
+
+def _last_printed(data: bytes) -> str:
+    """Returns the spacing character that `data` ends in; nothing when it ends in anything else."""
+    start = data.rfind(b"\x1b")
+    sequence = _SEQUENCE.match(data, start) if start >= 0 else None
+    if start >= 0 and not sequence:
+        return ""
+    text = data[sequence.end() if sequence else 0 :]
+    last = text[-4:].decode("utf-8", "replace")[-1:]
+    return last if last.isprintable() and last != "\ufffd" and cells(last) else ""
+
+
+def cells(text: str) -> int:
+    """Returns how many columns `text` takes on a terminal."""
+    from unicodedata import category, east_asian_width
+
+    if text.isascii():
+        return len(text)
+    zero = ("Mn", "Me", "Cf")
+    return sum(0 if category(char) in zero else 2 if east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def cut(text: str, width: int) -> str:
+    """Returns as much of `text` as fits into `width` columns."""
+    if cells(text) <= width:
+        return text
+    end, used = 0, 0
+    for char in text:
+        used += cells(char)
+        if used > width:
+            break
+        end += 1
+    return text[:end]
+
+
+class StatusLine:
+    """Shows how long the connection has been gone. It does no input or output: bytes out, time in (nanoseconds).
+
+    `tail` and `modes` know what the terminal was sent by the session; the bytes returned here go, whole, through the
+    same `Terminal.write` (so `modes` sees them) but not into `tail`. `make_screen(cols, rows)` gives a fresh screen
+    model; None, or one that fails, means that the window title is used. `hint` says how to give up. `color` False
+    (NO_COLOR) draws without any style, `unicode` False in ASCII.
+    """
+
+    __slots__ = (
+        "_color", "_hint", "_last", "_make_screen", "_message", "_model", "_modes", "_next_ns", "_row", "_shown", "_since_ns",
+        "_size", "_tail", "_title", "_unicode", "_unfinished",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        host: str,
+        tail: OutputTail,
+        modes: ModeTracker,
+        make_screen: Callable[[int, int], ScreenModel] | None,
+        *,
+        hint: str = "~. to give up",
+        color: bool = True,
+        unicode: bool = True,
+    ) -> None:
+        self._message = "reconnecting to " + "".join(char for char in host if char.isprintable())[:LABEL_MAX_CHARS]
+        self._tail = tail
+        self._modes = modes
+        self._make_screen = make_screen
+        self._hint = hint
+        self._color = color
+        self._unicode = unicode
+        self._since_ns: int | None = None
+        self._next_ns = 0
+        self._size = (0, 0)
+        self._model: ScreenModel | None = None
+        self._unfinished = b""
+        self._last = ""  # the character that the cursor stands behind, if that was the last that was printed
+        self._row = -1  # where the line is drawn
+        self._title = False  # or the title was set
+        self._shown = 0  # columns of what is drawn
+
+    @property
+    def visible(self) -> bool:
+        """Whether the terminal shows it; `end` has to be called before anything else is written."""
+        return self._row >= 0 or self._title
+
+    def begin(self, now_ns: int) -> None:
+        """Notes that trouble began, unless it already has; nothing is shown for STATUS_DELAY_MS."""
+        if self._since_ns is None:
+            self._since_ns = now_ns
+            self._next_ns = now_ns + STATUS_DELAY_MS * MILLISECOND
+
+    def next_timeout(self) -> int | None:
+        """Returns when `handle_timeout` is to be called."""
+        return None if self._since_ns is None else self._next_ns
+
+    def handle_timeout(self, now_ns: int, cols: int, rows: int) -> bytes:
+        """Returns what shows or updates the line on a terminal of that size; nothing before its time."""
+        if self._since_ns is None or now_ns < self._next_ns:
+            return b""
+        elapsed = (now_ns - self._since_ns) // _SECOND_NS
+        self._next_ns = self._since_ns + (elapsed + 1) * _SECOND_NS
+        erased = b""
+        if self.visible and (cols, rows) != self._size:
+            erased = self._erase_after_resize(cols, rows)
+        if not self.visible and not self._choose(cols, rows):
+            return erased
+        return erased + (self._draw_title(elapsed) if self._title else self._draw(elapsed))
+
+    def end(self) -> bytes:
+        """Returns what removes the line, because the trouble is over or the program ends."""
+        self._since_ns = None
+        erased = self._erase() if self.visible else b""
+        self._forget()
+        return erased
+
+    def _forget(self) -> None:
+        self._model = None
+        self._row = -1
+        self._title = False
+        self._shown = 0
+
+    def _choose(self, cols: int, rows: int) -> bool:
+        """Decides where to draw, once for each time of trouble; returns False when nothing may be written at all."""
+        data = self._tail.data()
+        rest = unfinished(data)
+        if rest is None:
+            return False
+        self._unfinished = rest
+        self._last = _last_printed(data[: len(data) - len(rest)]) if self._modes.appends else ""
+        self._size = (cols, rows)
+        self._title = True
+        if self._make_screen is None or rows < 2 or cols < 2 or not self._modes.addressable:
+            return True
+        try:
+            row = self._build(data, cols, rows)
+        except _MODEL_ERRORS:
+            return True
+        if row is not None:
+            self._row = row
+            self._title = False
+        return True
+
+    def _build(self, data: bytes, cols: int, rows: int) -> int | None:
+        """Builds the model and returns the row to draw on, None when the screen is not known well enough.
+
+        Where the output began, cells, cursor and style were unknown: two models that began differently show what is
+        certain now.
+        """
+        assert self._make_screen is not None
+        model, other = self._make_screen(cols, rows), self._make_screen(cols, rows)
+        model.feed(_unknown_screen(cols, rows) + b"\x1b[%d;1H" % rows + data)
+        other.feed(_unknown_screen(cols, rows) + (b"\x1b[H\x1b[1;4m" if self._tail.styled else b"\x1b[H") + data)
+        cursor_row, column, wraps = model.cursor()
+        if (cursor_row, column, wraps) != other.cursor() or model.pen_vt() != other.pen_vt():
+            return None
+        known = [row for row in range(rows) if _is_known(row, model, other)]
+        if wraps and cursor_row not in known:
+            return None
+        self._model = model
+        known = [row for row in known if row != cursor_row]
+        blank = (row for row in reversed(known) if not model.row_text(row).strip() and not self._painted(row))
+        return next(blank, known[0] if known else None)
+
+    def _text(self, elapsed: int) -> str:
+        dots = "…" if self._unicode else "..."
+        text = f"sterna: {self._message} {dots} {elapsed} s"
+        if self._hint:
+            text += f"  ({self._hint})"
+        return text if self._unicode else text.encode("ascii", "replace").decode()
+
+    def _draw(self, elapsed: int) -> bytes:
+        # The last column stays free: writing there would leave the cursor waiting to wrap.
+        text = cut(self._text(elapsed), self._size[0] - 1)
+        width = cells(text)
+        cleared = self._paint_row() if width < self._shown else b""
+        self._shown = width
+        style = b"\x1b[0;2;7m" if self._color else b"\x1b[m"
+        line = b"\x1b[%d;1H%b%b\x1b[m" % (self._row + 1, style, text.encode())
+        return self._framed(cleared + line)
+
+    def _erase(self) -> bytes:
+        if self._title:
+            return self._framed_title(b"\x1b[23;0t")
+        return self._framed(self._paint_row())
+
+    def _painted(self, row: int) -> bytes:
+        """Returns what paints the cleared row as the session left it; nothing when that is blank."""
+        assert self._model is not None
+        painted = self._model.row_vt(row)
+        return b"" if _UNSTYLED_BLANKS.fullmatch(painted) else painted
+
+    def _paint_row(self) -> bytes:
+        return b"\x1b[%d;1H\x1b[m\x1b[2K%b" % (self._row + 1, self._painted(self._row))
+
+    def _framed(self, drawn: bytes) -> bytes:
+        """Returns `drawn` between what makes it safe and what puts charset, style, cursor and parser back.
+
+        Not with ESC 7 and 8: that slot belongs to the program.
+        """
+        assert self._model is not None
+        row, column, wraps = self._model.cursor()
+        plain, style = self._modes.plain, self._modes.as_was + self._model.pen_vt()
+        place = b"\x1b[%d;%dH"
+        start = column + wraps - cells(self._last)
+        if self._last and start >= 0:
+            # Printing the last character again also makes the cursor wait to wrap, and gives REP what it repeats.
+            back = style + place % (row + 1, start + 1) + self._last.encode()
+        elif wraps:
+            # Only writing the last column again makes the cursor wait there; the row is as it was.
+            back = place % (row + 1, 1) + self._model.row_vt(row) + style
+        else:
+            back = place % (row + 1, column + 1) + style
+        # A sequence that is cut is ended first.
+        begin = b"\x1b\\" if self._unfinished else b""
+        return b"".join((begin, plain, drawn, back, self._unfinished))
+
+    def _draw_title(self, elapsed: int) -> bytes:
+        saved = b"" if self._shown else b"\x1b[22;0t"
+        self._shown = 1
+        return self._framed_title(saved + b"\x1b]0;" + self._text(elapsed).encode() + b"\x07")
+
+    def _framed_title(self, written: bytes) -> bytes:
+        begin = b"\x1b\\" if self._unfinished else b""
+        return begin + written + self._unfinished
+
+    def _erase_after_resize(self, cols: int, rows: int) -> bytes:
+        """Leaves the row for the window title, because the terminal may have moved its rows.
+
+        The line is cleared where it cannot have moved; elsewhere it goes when the program repaints for the new size.
+        """
+        erased = b""
+        if self._row >= 0:
+            if self._row < rows and (self._modes.alternate or rows == self._size[1]):
+                # With ESC 7 and 8, because only the terminal knows where its cursor went.
+                erased = b"\x1b\\\x1b7\x1b[%d;1H\x1b[m\x1b[2K\x1b8%b" % (self._row + 1, self._unfinished)
+            self._forget()
+            self._title = True
+        self._size = (cols, rows)
+        return erased
+
+
+def _unknown_screen(cols: int, rows: int) -> bytes:
+    """Returns what fills a screen with cells that count as unknown until the output overwrites or clears them."""
+    line = (_UNKNOWN_CELL * cols).encode()
+    return b"".join(b"\x1b[%d;1H%b" % (row + 1, line) for row in range(rows))
+
+
+def _is_known(row: int, model: ScreenModel, other: ScreenModel) -> bool:
+    return _UNKNOWN_CELL not in model.row_text(row) and model.row_vt(row) == other.row_vt(row)

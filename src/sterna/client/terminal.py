@@ -1,0 +1,467 @@
+"""The user's terminal: raw mode, size, signals, careful writes, and undoing what the session may have left on.
+
+Sources: termios(3), tty_ioctl(4), signal(7), xterm's ctlseqs, the kitty keyboard protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import termios
+import time
+from typing import TYPE_CHECKING, Any
+
+from sterna.errors import Code, SternaError, UsageError
+from sterna.limits import SIZE_MAX_CELLS
+from sterna.units import MILLISECOND
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+PIECE_MAX_BYTES = 16_384
+BLOCKING_PIECE_MAX_BYTES = 512  # a descriptor that poll() calls writable takes this much without blocking for long
+READ_MAX_BYTES = 65_536
+RESTORE_MAX_MS = 500
+SEQUENCE_CARRIED_MAX_BYTES = 64
+DEFAULT_SIZE = (80, 24)
+
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_FIND_MODES = re.compile(
+    # The sequences that full screens are made of are left out early: that is several times as fast.
+    rb"\x1b(?!\[[0-9;]*+[mHKJABCDGLMPXd])(?:"
+    rb"\[\?(?P<private>[0-9;]+)(?P<set>[hl])"
+    rb"|\[(?P<ansi>[0-9;]+)(?P<on>[hl])"
+    rb"|\[(?P<region>[0-9;]*)r"
+    rb"|\[(?P<shape>[0-9]*) q"
+    rb"|\[(?P<kitty>[<>=])(?P<flags>[0-9;]*)u"
+    rb"|\[>(?P<resource>[0-9]+)(?P<modifier>;[0-9]*)?m"
+    rb"|(?P<soft>\[!p)|(?P<full>c)|(?P<keypad>[=>])"
+    rb"|(?P<slot>[()*+])(?P<charset>[0-~])"
+    rb"|\](?P<colour>4|1[0-2]);(?!\?|\Z)|\]1(?P<default>04|1[0-2])(?=[;\x07\x1b])"
+    rb"|(?P<link>\]8;)"
+    rb")",
+    re.DOTALL,
+)
+
+_CURSOR_KEYS, _REVERSE, _ORIGIN, _WRAP, _CURSOR, _MARGINS, _SYNCHRONIZED = 1, 5, 6, 7, 25, 69, 2026
+_MOUSE_AND_FOCUS = frozenset((9, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016))
+_SCREENS = (47, 1047, 1049)
+_OFF_AT_FIRST = frozenset(
+    (_CURSOR_KEYS, _REVERSE, _ORIGIN, 66, _MARGINS, *_MOUSE_AND_FOCUS, 2004, _SYNCHRONIZED, 2031, 2048, *_SCREENS)
+)
+_ON_AT_FIRST = frozenset((_WRAP, _CURSOR))
+_INSERT, _NEWLINE = 4, 20
+_SOFT_RESET = frozenset((_CURSOR_KEYS, _ORIGIN, _WRAP, _CURSOR, 66, _MARGINS))
+
+
+class TerminalGoneError(SternaError):
+    """The terminal that the program was attached to does not exist any more (closed window, lost login)."""
+
+    code = Code.TIMEOUT
+
+
+class ModeTracker:
+    """Knows which modes the output so far may have left on, from one regex search per piece of output.
+
+    Any split of the output gives the same result. What is wrong only for a reset that was cut in the middle stays
+    on the safe side: a mode that may be on counts as on.
+    """
+
+    __slots__ = (
+        "_ansi", "_carried", "_charsets", "_colours", "_keypad", "_kitty_depth", "_kitty_set", "_link", "_resources",
+        "_seen", "_shape", "_shifted", "changed", "regions",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._carried = b""
+        self._seen = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.changed: set[int] = set()  # private modes that are not as a terminal has them at first
+        self.regions: dict[bool, bytes] = {}  # scroll region by "alternate screen?"
+        self._ansi: set[int] = set()
+        self._charsets: dict[bytes, bytes] = {}
+        self._colours: set[bytes] = set()
+        self._keypad = False
+        self._kitty_depth = {False: 0, True: 0}
+        self._kitty_set: set[bool] = set()
+        self._link = False
+        self._resources: set[bytes] = set()
+        self._shape = False
+        self._shifted = False
+
+    @property
+    def alternate(self) -> bool:
+        """Whether the alternate screen is shown."""
+        return not self.changed.isdisjoint(_SCREENS)
+
+    @property
+    def addressable(self) -> bool:
+        """Whether any cell can be addressed and written: no origin mode, no left and right margins."""
+        return _ORIGIN not in self.changed and _MARGINS not in self.changed
+
+    @property
+    def appends(self) -> bool:
+        """Whether a printed character goes where the cursor is and the cursor behind it: no insert mode, autowrap."""
+        return _INSERT not in self._ansi and _WRAP not in self.changed
+
+    @property
+    def plain(self) -> bytes:
+        """What makes written text appear as it is: no insert mode, no line-drawing charset, no link."""
+        parts = [b"\x1b(B"] if self._charsets.get(b"(") else []
+        parts += [b"\x0f"] if self._shifted else []
+        parts += [b"\x1b[4l"] if _INSERT in self._ansi else []
+        parts += [b"\x1b]8;;\x1b\\"] if self._link else []
+        return b"".join(parts)
+
+    @property
+    def as_was(self) -> bytes:
+        """What undoes `plain`, but for a link, which belongs to the style."""
+        charset = self._charsets.get(b"(")
+        parts = [b"\x1b(" + charset] if charset else []
+        parts += [b"\x0e"] if self._shifted else []
+        parts += [b"\x1b[4h"] if _INSERT in self._ansi else []
+        return b"".join(parts)
+
+    def feed(self, data: bytes) -> None:
+        """Takes output as it was written to the terminal."""
+        if self._shifted or b"\x0e" in data:
+            out, back = data.rfind(b"\x0e"), data.rfind(b"\x0f")
+            self._shifted = out > back or (out == back and self._shifted)
+        if self._carried and self._carry_on(data):
+            return
+        if b"\x1b" not in data:
+            return
+        self._seen = True
+        last = -1
+        for found in _FIND_MODES.finditer(data):
+            self._note(found)
+            last = found.start()
+        start = data.rfind(b"\x1b", max(0, len(data) - SEQUENCE_CARRIED_MAX_BYTES))
+        if start >= 0 and start != last:
+            self._carried = data[start:]
+
+    def _carry_on(self, data: bytes) -> bool:
+        """Continues the sequence that earlier output ended in; returns whether `data` is used up by that."""
+        joined = self._carried + data[:SEQUENCE_CARRIED_MAX_BYTES]
+        found = _FIND_MODES.match(joined)
+        if found:
+            self._note(found)
+        elif b"\x1b" not in data and len(joined) <= SEQUENCE_CARRIED_MAX_BYTES:
+            self._carried = joined
+            return True
+        self._carried = b""
+        return False
+
+    def _note(self, found: re.Match[bytes]) -> None:
+        if found["private"]:
+            for number in _numbers(found["private"]):
+                self._note_private(number, found["set"] == b"h")
+        elif found["ansi"]:
+            change = self._ansi.update if found["on"] == b"h" else self._ansi.difference_update
+            change(number for number in _numbers(found["ansi"]) if number in (_INSERT, _NEWLINE))
+        elif found["region"] is not None:
+            self.regions.pop(self.alternate, None)
+            if found["region"].strip(b";"):
+                self.regions[self.alternate] = found["region"]
+        elif found["shape"] is not None:
+            self._shape = bool(found["shape"].strip(b"0"))
+        elif found["kitty"]:
+            self._note_kitty(found["kitty"], found["flags"])
+        elif found["resource"]:
+            changed = (found["modifier"] or b"").strip(b";0")
+            (self._resources.add if changed else self._resources.discard)(found["resource"])
+        elif found["slot"]:
+            self._charsets[found["slot"]] = b"" if found["charset"] == b"B" else found["charset"]
+        elif found["colour"]:
+            self._colours.add(found["colour"])
+        elif found["default"]:
+            self._colours.discard(b"4" if found["default"] == b"04" else found["default"])
+        elif found["keypad"]:
+            self._keypad = found["keypad"] == b"="
+        elif found["link"]:
+            self._link = True
+        elif found["soft"]:
+            self._soft_reset()
+        elif found["full"]:
+            self._reset()
+
+    def _note_private(self, number: int, on: bool) -> None:
+        if number in _OFF_AT_FIRST if on else number in _ON_AT_FIRST:
+            self.changed.add(number)
+        else:
+            self.changed.discard(number)
+
+    def _note_kitty(self, kind: bytes, flags: bytes) -> None:
+        screen = self.alternate
+        first = next(iter(_numbers(flags)), 0)
+        if kind == b">":
+            self._kitty_depth[screen] += 1
+        elif kind == b"<":
+            self._kitty_depth[screen] = max(0, self._kitty_depth[screen] - max(1, first))
+        elif first:
+            self._kitty_set.add(screen)
+        else:
+            self._kitty_set.discard(screen)
+
+    def _soft_reset(self) -> None:
+        self.changed -= _SOFT_RESET
+        self.regions.pop(self.alternate, None)
+        self._ansi.discard(_INSERT)
+        self._charsets.clear()
+        self._keypad = False
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the terminal may have sent reports (mouse, focus) that nobody reads any more."""
+        return not self.changed.isdisjoint(_MOUSE_AND_FOCUS)
+
+    def undo(self) -> bytes:
+        """Returns what brings the terminal back to its first state; nothing when no sequence was seen."""
+        if not self._seen and not self._shifted:
+            return b""
+        alternate = self.alternate
+        # ST ends a string that the output may have been cut in; elsewhere it does nothing.
+        parts = [b"\x1b\\"]
+        off = sorted(self.changed & (_OFF_AT_FIRST - {_ORIGIN, _MARGINS, *_SCREENS}))
+        parts += [b"\x1b[?%dl" % number for number in off]
+        parts += [b"\x1b[?%dh" % number for number in sorted(self.changed & _ON_AT_FIRST)]
+        parts += [b"\x1b[%dl" % number for number in sorted(self._ansi)]
+        parts += [b"\x1b[>%bm" % resource for resource in sorted(self._resources)]
+        parts += [b"\x1b>"] if self._keypad else []
+        parts += [b"\x1b%bB" % slot for slot, charset in sorted(self._charsets.items()) if charset]
+        parts += [b"\x0f"] if self._shifted else []
+        parts += [b"\x1b[ q"] if self._shape else []
+        parts += [b"\x1b]8;;\x1b\\"] if self._link else []
+        parts += [b"\x1b]1%b\x1b\\" % (b"04" if colour == b"4" else colour) for colour in sorted(self._colours)]
+        parts.append(b"\x1b[m")
+        if alternate:
+            parts += [self._undo_kitty(True), self._undo_region(True)]
+            parts += [b"\x1b[?%dl" % number for number in _SCREENS if number in self.changed]
+        parts += [self._undo_kitty(False), self._undo_region(False)]
+        return b"".join(parts)
+
+    def _undo_kitty(self, screen: bool) -> bytes:
+        popped = b"\x1b[<%du" % self._kitty_depth[screen] if self._kitty_depth[screen] else b""
+        return popped + (b"\x1b[=0u" if screen in self._kitty_set else b"")
+
+    def _undo_region(self, screen: bool) -> bytes:
+        """A reset region moves the cursor to the top; on the screen that stays it then goes to the bottom."""
+        parts = []
+        if screen == self.alternate:
+            parts += [b"\x1b[?%dl" % number for number in (_ORIGIN, _MARGINS) if number in self.changed]
+        if screen in self.regions:
+            parts.append(b"\x1b[r")
+        if parts and not screen:
+            parts.append(b"\x1b[%d;1H" % SIZE_MAX_CELLS)
+        return b"".join(parts)
+
+
+def _numbers(parameters: bytes) -> list[int]:
+    return [int(part) for part in parameters.split(b";") if 0 < len(part) <= 5]
+
+
+class Terminal:
+    """A terminal in raw mode, as a context manager; leaving restores it, also after SIGTERM, SIGHUP and exceptions.
+
+    `in_fd` must be a terminal (`UsageError` otherwise); `out_fd` may be anything. SIGTERM and SIGHUP raise
+    `SystemExit` (128 + signal) in the main thread, unless they are ignored; SIGCONT sets raw mode again. The files
+    that the descriptors share with other processes keep their flags: output goes through a descriptor of our own.
+    Use it in the main thread only.
+    """
+
+    __slots__ = ("_blocking", "_handlers", "_in", "_out", "_own_out", "_saved", "_wake", "_wake_before", "modes")
+
+    def __init__(self, in_fd: int = 0, out_fd: int = 1) -> None:
+        if not os.isatty(in_fd):
+            raise UsageError("Standard input is not a terminal; use `sterna pipe` to connect pipes and files.")
+        self._in = in_fd
+        self._out = out_fd
+        self._own_out = -1
+        self._blocking = True
+        self._saved: list[Any] = []
+        self._handlers: dict[int, Any] = {}
+        self._wake = (-1, -1)
+        self._wake_before = -1
+        self.modes = ModeTracker()
+
+    def __enter__(self) -> Terminal:
+        self._saved = termios.tcgetattr(self._in)
+        try:
+            self._open_output()
+            self._catch_signals()
+            self._set_raw()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._leave()
+        except SystemExit:  # a signal came before they were ignored
+            self._leave()
+            raise
+
+    @property
+    def in_fd(self) -> int:
+        """The descriptor to poll for what is typed."""
+        return self._in
+
+    @property
+    def out_fd(self) -> int:
+        """The descriptor to poll for room when `write` took less than it was given."""
+        return self._own_out if self._own_out >= 0 else self._out
+
+    @property
+    def wake_fd(self) -> int:
+        """The descriptor that gets readable when a signal came; see `woken`."""
+        return self._wake[0]
+
+    def woken(self) -> bool:
+        """Empties the wakeup descriptor; returns whether the size may have changed (SIGWINCH, SIGCONT)."""
+        try:
+            numbers = os.read(self._wake[0], 4096)
+        except BlockingIOError:
+            return False
+        return signal.SIGWINCH in numbers or signal.SIGCONT in numbers
+
+    def size(self) -> tuple[int, int]:
+        """Returns columns and rows, each between 1 and SIZE_MAX_CELLS; DEFAULT_SIZE where nobody knows."""
+        for descriptor in (self.out_fd, self._in):
+            try:
+                cols, rows = os.get_terminal_size(descriptor)
+            except OSError:
+                continue
+            if cols > 0 and rows > 0:
+                return min(cols, SIZE_MAX_CELLS), min(rows, SIZE_MAX_CELLS)
+        return DEFAULT_SIZE
+
+    def read(self) -> bytes | None:
+        """Returns what was typed, at most READ_MAX_BYTES; nothing at the end (hangup); None when nothing is there."""
+        try:
+            return os.read(self._in, READ_MAX_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def write(self, data: bytes) -> int:
+        """Writes what the terminal takes without blocking and returns how many bytes that were.
+
+        Raises `TerminalGoneError` when it is gone.
+        """
+        written = self._write(data)
+        self.modes.feed(data if written == len(data) else data[:written])
+        return written
+
+    def write_all(self, data: bytes, timeout_ms: int) -> bool:
+        """Writes all of `data`, waiting at most `timeout_ms` milliseconds in total; returns whether all went out."""
+        deadline = time.monotonic_ns() + timeout_ms * MILLISECOND
+        poller = select.poll()
+        poller.register(self.out_fd, select.POLLOUT)
+        while True:
+            data = data[self.write(data) :]
+            left_ms = (deadline - time.monotonic_ns()) // MILLISECOND
+            if not data or left_ms <= 0:
+                return not data
+            poller.poll(left_ms)
+
+    def _write(self, data: bytes) -> int:
+        view = memoryview(data)
+        written = 0
+        piece = BLOCKING_PIECE_MAX_BYTES if self._blocking else PIECE_MAX_BYTES
+        while written < len(data):
+            if self._blocking and not _writable(self._out):
+                break
+            try:
+                count = os.write(self.out_fd, view[written : written + piece])
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise TerminalGoneError("The terminal is gone; the session goes on, attach again to return.") from error
+            written += count
+            if count < piece:
+                break
+        return written
+
+    def _open_output(self) -> None:
+        """Opens the terminal once more: O_NONBLOCK on the shared open file would break the shell that started us."""
+        with contextlib.suppress(OSError):
+            path = os.ttyname(self._out)
+            own = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            if os.fstat(own).st_rdev == os.fstat(self._out).st_rdev:
+                self._own_out = own
+                self._blocking = False
+            else:
+                os.close(own)
+
+    def _set_raw(self) -> None:
+        """Sets what cfmakeraw(3) sets, at once: waiting for output to drain could wait for ever."""
+        mode = [*self._saved[:6], list(self._saved[6])]
+        mode[0] &= ~(
+            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
+        )  # fmt: skip
+        mode[1] &= ~termios.OPOST
+        mode[2] = (mode[2] & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
+        mode[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        mode[6][termios.VMIN] = 1
+        mode[6][termios.VTIME] = 0
+        termios.tcsetattr(self._in, termios.TCSANOW, mode)
+
+    def _catch_signals(self) -> None:
+        self._wake = os.pipe()
+        for descriptor in self._wake:
+            os.set_blocking(descriptor, False)
+        self._wake_before = signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
+        for number in (signal.SIGWINCH, signal.SIGCONT, *_ENDING_SIGNALS):
+            before = signal.getsignal(number)
+            if number in _ENDING_SIGNALS and before == signal.SIG_IGN:
+                continue
+            self._handlers[number] = signal.SIG_DFL if before is None else before
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number in _ENDING_SIGNALS:
+            raise SystemExit(128 + number)
+        if number == signal.SIGCONT:
+            # Whoever had the terminal meanwhile (a shell's `fg`) has set its own mode.
+            with contextlib.suppress(termios.error):
+                self._set_raw()
+
+    def _leave(self) -> None:
+        for number in self._handlers:
+            if number in _ENDING_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        noisy = self.modes.noisy
+        with contextlib.suppress(TerminalGoneError):
+            self.write_all(self.modes.undo(), RESTORE_MAX_MS)
+        with contextlib.suppress(termios.error):
+            if noisy:
+                termios.tcflush(self._in, termios.TCIFLUSH)
+            termios.tcsetattr(self._in, termios.TCSANOW, self._saved)
+        if self._wake[0] >= 0:
+            signal.set_wakeup_fd(self._wake_before)
+            for descriptor in self._wake:
+                os.close(descriptor)
+            self._wake = (-1, -1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        if self._own_out >= 0:
+            os.close(self._own_out)
+            self._own_out = -1
+
+
+def _writable(descriptor: int) -> bool:
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    return bool(poller.poll(0))

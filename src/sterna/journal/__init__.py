@@ -1,0 +1,19 @@
+"""The journal: output of sessions held durably in a few large files (docs/protocol.md, section 3)."""
+
+from sterna.journal.interface import JournalFullError, LostBytesError, OutputLog, PositionError
+from sterna.journal.journal import Journal
+from sterna.journal.log import Log
+from sterna.journal.memory import MemoryJournal, MemoryLog
+from sterna.journal.space import Faults
+
+__all__ = [
+    "Faults",
+    "Journal",
+    "JournalFullError",
+    "Log",
+    "LostBytesError",
+    "MemoryJournal",
+    "MemoryLog",
+    "OutputLog",
+    "PositionError",
+]

@@ -1,0 +1,258 @@
+"""The node: everything composed in one place, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Callable
+
+from sterna import limits, paths
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code
+from sterna.journal.journal import Journal
+from sterna.node.calls import Calls
+from sterna.node.clients import ClientConnection
+from sterna.node.config import NodeConfig
+from sterna.node.doorkeeper import Doorkeeper
+from sterna.node.pods import Pod, PodRegistry, Port
+from sterna.node.store import Store
+from sterna.node.table import SessionTable
+from sterna.protocol.frame import Type
+from sterna.protocol.session import Session
+from sterna.transport.listen import Listener, peer_uid, tcp_socket, unix_socket
+from sterna.transport.pump import Reactor
+from sterna.transport.ticker import Ticker
+from sterna.trust.local import create_local_token
+from sterna.trust.node_identity import NodeIdentity
+from sterna.trust.tokens import Access, TokenFile, TokenKey
+from sterna.units import SECOND
+
+log = logging.getLogger("sterna.node")
+
+LOCAL_SOCKET = "node.sock"
+_SWEEP_SECONDS = 1.0
+_EVICT_EVERY = 10
+_HOUSEKEEP_EVERY = 600
+_RENEW_EVERY = 86_400
+_DEAD_AFTER = 3
+_DRAIN_SECONDS = 5.0
+
+
+class Node:
+    """The session daemon of one machine.
+
+    Make one inside a running loop, then `start`, and `close` at the end. `address` is where TCP clients reach it.
+    """
+
+    def __init__(self, config: NodeConfig) -> None:
+        """Opens store and journal, loads or makes the identity; raises SternaError with what is wrong."""
+        self.config = config
+        self.directory = paths.private_dir(config.state)
+        self.sockets = paths.private_dir(config.sockets)
+        now_s = SYSTEM_CLOCK.wall() // SECOND
+        self.identity = NodeIdentity.load(self.directory, config.hosts(), now_s=now_s)
+        self.token_key = TokenKey.load(self.directory)
+        tokens = TokenFile.load(config.token_file) if config.token_file else None
+        access = Access([self.token_key.public], file=tokens, local=create_local_token(self.directory))
+        self.journal = Journal(os.path.join(self.directory, "journal"), quota_bytes=config.journal_quota_bytes)
+        self.store = Store(self.directory)
+        self.doorkeeper = Doorkeeper(self.identity.node_id, access, self.store)
+        self.reactor = Reactor(asyncio.get_running_loop())
+        self.ticker = Ticker(self.reactor)
+        self.table = SessionTable(
+            self.store, self.journal, boot=boot_id(), overwrite=config.on_full == "overwrite", retention=config.retention_seconds,
+            ring_bytes=config.ring_bytes, spill_bytes=config.spill_bytes,
+        )  # fmt: skip
+        self.table.on_lost = self._soon
+        self.registry = PodRegistry(self.sockets, self.table, self.reactor, self.ticker, config.tenants())
+        self.calls = Calls(self)
+        self.connections: set[ClientConnection] = set()
+        self._unproved: dict[ClientConnection, None] = {}
+        self._listeners: list[Listener] = []
+        self._tls: Listener | None = None
+        self._sweeps = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.draining = False
+        self.stop_requested = asyncio.Event()
+        self.started = SYSTEM_CLOCK.wall()
+        self.accepted = 0
+        self._local_path = os.path.join(self.directory, LOCAL_SOCKET)
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        self.reactor.loop.call_soon(lambda: self.reactor.run(work))
+
+    # ---- start -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listens, and looks for pods; UsageError when an address cannot be had."""
+        self._end_of_boot()
+        context = self.identity.server_context(certificate=self.config.tls_cert, key=self.config.tls_key)
+        tcp = tcp_socket(self.config.host, self.config.port)
+        try:
+            local = unix_socket(self._local_path)
+        except BaseException:
+            tcp.close()
+            raise
+        self._tls = Listener(
+            self.reactor, tcp, self._remote, context=context, per_address=self.config.unauthenticated_per_address
+        )
+        self._listeners = [self._tls, Listener(self.reactor, local, self._local)]
+        self.registry.start()
+        self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
+        log.info("node started", extra={"host": self.address[0], "port": self.address[1]})
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and TCP port it listens on."""
+        assert self._tls is not None
+        return self._tls.address
+
+    @property
+    def silent(self) -> int:
+        """How many accepted connections have not sent anything yet."""
+        return self._tls.silent if self._tls is not None else 0
+
+    def _end_of_boot(self) -> None:
+        """After a restart of the machine no program lives on: its sessions are named as ended, never replaced."""
+        boot = self.table.boot
+        if self.store.meta("boot") not in (None, boot):
+            after = 0
+            while batch := self.store.sessions(None, None, after, 500):
+                after = batch[-1].number
+                for row in batch:
+                    if row.boot != boot and row.state in ("connecting", "active", "suspended"):
+                        reason = "The machine was restarted."
+                        self.store.set_end(
+                            row.number, int(Code.AGENT_LOST), reason, None, None, b"", SYSTEM_CLOCK.wall()
+                        )
+        self.store.set_meta("boot", boot)
+
+    def _remote(self, sock: socket.socket, peer: str) -> None:
+        self._adopt(sock, peer, handshake=isinstance(sock, ssl.SSLSocket), local=False)
+
+    def _local(self, sock: socket.socket, _peer: str) -> None:
+        _pid, uid = peer_uid(sock)
+        if uid not in (0, os.geteuid()):
+            sock.close()
+            return
+        self._adopt(sock, "local", handshake=False, local=True)
+
+    def _adopt(self, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
+        if len(self.connections) >= limits.CONNECTIONS_MAX:
+            sock.close()
+            return
+        connection = ClientConnection(self, sock, peer, handshake=handshake, local=local)
+        self.accepted += 1
+        self.connections.add(connection)
+        if not local:
+            self._unproved[connection] = None
+            if len(self._unproved) > self.config.unauthenticated_max:
+                oldest = next(iter(self._unproved))
+                oldest.pump.abort("too many connections without a proof")
+        connection.pump.start()
+
+    def proved(self, connection: ClientConnection) -> None:
+        """Notes that somebody on a connection proved who they are."""
+        self._unproved.pop(connection, None)
+
+    def gone(self, connection: ClientConnection, reason: str) -> None:
+        """Forgets a connection that ended."""
+        self.connections.discard(connection)
+        self._unproved.pop(connection, None)
+
+    # ---- housekeeping ------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Once a second: late handshakes end; more rarely: dead peers, cold sessions, retention, certificates."""
+        self._sweeps += 1
+        now = SYSTEM_CLOCK.monotonic()
+        self.reactor.run(self._late, now)
+        if self._sweeps % _EVICT_EVERY == 0:
+            self.reactor.run(self._check_peers, now)
+            self.table.evict(self.config.cold_seconds * SECOND, now, park)
+        if self._sweeps % _HOUSEKEEP_EVERY == 0:
+            self.table.purge()
+            self.reactor.loop.run_in_executor(None, self.store.checkpoint)
+        if self._sweeps % _RENEW_EVERY == 0 and self._tls is not None:
+            if self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
+                self._tls.context = self.identity.server_context(
+                    certificate=self.config.tls_cert, key=self.config.tls_key
+                )
+        self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
+
+    def _late(self, now: int) -> None:
+        deadline = now - limits.HANDSHAKE_SECONDS * SECOND
+        for connection in list(self._unproved):
+            if connection.since > deadline:
+                break
+            connection.link.fail(Code.TIMEOUT, "No valid CONNECT or RESUME came in time.")
+            connection.pump.flush()
+
+    def _check_peers(self, now: int) -> None:
+        """Asks quiet clients whether they are there, and gives up those that say nothing three times."""
+        quiet = now - limits.KEEPALIVE_SECONDS * SECOND * 2
+        dead = now - limits.KEEPALIVE_SECONDS * SECOND * _DEAD_AFTER
+        for connection in list(self.connections):
+            if connection.last < dead and connection.pinged:
+                connection.pump.abort("it does not answer")
+            elif connection.last < quiet and not connection.pinged:
+                connection.pinged = True
+                connection.link.send(Type.PING, 0, 0, b"")
+
+    def pods(self, tenant: str) -> list[Pod]:
+        """Returns the agents of a tenant."""
+        return self.registry.pods(tenant)
+
+    # ---- end ---------------------------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float = _DRAIN_SECONDS) -> None:
+        """Takes no new sessions, lets what is queued go out, and tells clients to come back later."""
+        if self.draining:
+            return
+        self.draining = True
+        log.info("node drains", extra={"connections": len(self.connections)})
+
+        def tell() -> None:
+            for connection in list(self.connections):
+                connection.link.fail(Code.DRAINING, "This node stops; resume when it is back.", retry_after=1.0)
+
+        self.reactor.run(tell)
+        deadline = self.reactor.loop.time() + seconds
+        while self.connections and self.reactor.loop.time() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """Stops at once; sessions and pods stay."""
+        for listener in self._listeners:
+            listener.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.ticker.close()
+        await self.registry.close()
+        for connection in list(self.connections):
+            connection.pump.abort("the node stops")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._local_path)
+        self.store.close()
+        self.journal.close()
+
+
+def park(session: Session) -> None:
+    """Lets a session leave memory: its pod's frames, or a client, bring it back."""
+    if isinstance(session.port, Port):
+        session.port.connection.park(session)
+
+
+def boot_id() -> str:
+    """Returns what tells this start of the machine from another one (proc(5), random/boot_id); "" where there is none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read(64).strip()
+    except OSError:
+        return ""
+
+

@@ -1,0 +1,304 @@
+"""What clients may CALL: list, info, share, devices, revoke, rename, close, capture (docs/protocol.md, section 6)."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code, RefusedError, SternaError
+from sterna.ids import DeviceId, check_name, clean_label
+from sterna.node.doorkeeper import Visitor
+from sterna.node.store import SessionRow
+from sterna.protocol import messages
+from sterna.protocol.states import Cause, State
+from sterna.trust.tickets import new_ticket
+from sterna.units import SECOND
+
+if TYPE_CHECKING:
+    from sterna.node.app import Node
+    from sterna.node.clients import ClientConnection
+
+_PAGE = 100
+_TTL_MAX_SECONDS = 30 * 86_400
+
+
+class _Which(msgspec.Struct, gc=False):
+    """A session by name, or by uid in hex."""
+
+    session: str = ""
+
+
+class _Page(msgspec.Struct, gc=False):
+    """A page of a list: what comes after this number."""
+
+    after: int = 0
+    agent: str = ""
+
+
+class _Share(msgspec.Struct, gc=False):
+    """A share ticket: for a session, a mode, a time to live in seconds."""
+
+    session: str
+    mode: str = "drive"
+    ttl: int = 600
+
+
+class _Rename(msgspec.Struct, gc=False):
+    """A new name for a session."""
+
+    session: str
+    name: str
+
+
+class _Revoke(msgspec.Struct, gc=False):
+    """A device (its id in hex, or the beginning of it) or an access token (its id) to refuse from now on."""
+
+    device: str = ""
+    token: str = ""
+
+
+class _Token(msgspec.Struct, gc=False):
+    """An access token to be issued: agents as globs, modes, and seconds until it expires (0: never)."""
+
+    tenant: str = ""
+    agents: tuple[str, ...] = ("*",)
+    modes: tuple[str, ...] = ("drive", "watch")
+    ttl: int = 0
+
+
+class Calls:
+    """Answers CALLs for one node; every answer is limited to the caller's tenant and rights."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._methods = {
+            "list": (self._list, _Page),
+            "info": (self._info, _Which),
+            "node": (self._about, _Page),
+            "share": (self._share, _Share),
+            "devices": (self._devices, _Page),
+            "revoke": (self._revoke, _Revoke),
+            "rename": (self._rename, _Rename),
+            "close": (self._close, _Which),
+            "displace": (self._displace, _Which),
+            "token": (self._token, _Token),
+            "drain": (self._drain, _Page),
+        }
+
+    def answer(self, connection: ClientConnection, visitor: Visitor, call: messages.Call, now: int) -> messages.Result:
+        """Returns the RESULT of a CALL: a value, or the error."""
+        found = self._methods.get(call.method)
+        try:
+            if found is None:
+                raise RefusedError(Code.UNSUPPORTED, f"There is no method {clean_label(call.method)!r}.")
+            method, shape = found
+            value = method(visitor, messages.unpack(shape, call.params))
+        except SternaError as error:
+            return messages.Result(call.id, error=messages.error(error.code, str(error)))
+        return messages.Result(call.id, msgspec.Raw(messages.pack(value)))
+
+    # ---- sessions ----------------------------------------------------------------------------------------------
+
+    def _list(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
+        store = self._node.store
+        rows = store.sessions(visitor.tenant, None, page.after, _PAGE)
+        shown = [
+            self._describe(row)
+            for row in rows
+            if row.state != State.CLOSED
+            and (not page.agent or row.agent == page.agent)
+            and (visitor.session in (None, row.number))
+            and visitor.may_use(row.agent, "watch")
+        ]
+        agents = [
+            {"name": pod.agent, "kind": pod.kind, "ready": pod.is_ready}
+            for pod in self._node.pods(visitor.tenant)
+            if visitor.may_use(pod.agent, "watch")
+        ]
+        return {"sessions": shown, "agents": agents, "next": rows[-1].number if len(rows) == _PAGE else 0}
+
+    def _describe(self, row: SessionRow) -> dict[str, Any]:
+        live = self._node.table.loaded(row.number)
+        state = live.state.value if live is not None else str(row.state)
+        return {
+            "name": row.name,
+            "uid": row.uid.hex(),
+            "agent": row.agent,
+            "kind": row.kind,
+            "state": State(state).value,
+            "created": row.created // SECOND,
+            "changed": row.changed // SECOND,
+            "attached": len(live.attachments) if live is not None else 0,
+            "status": row.status,
+            "signal": row.signal,
+            "reason": row.end_reason or "",
+        }
+
+    def _row(self, visitor: Visitor, which: str, mode: str) -> SessionRow:
+        """Returns the session a caller names, if it may use it in this mode."""
+        store = self._node.store
+        row = store.session_by_name(visitor.tenant, which)
+        if row is None and len(which) == 32:
+            try:
+                row = store.session_by_uid(bytes.fromhex(which))  # type: ignore[arg-type]  # a uid from outside
+            except ValueError:
+                row = None
+        if (
+            row is None
+            or row.tenant != visitor.tenant
+            or visitor.session not in (None, row.number)
+            or not visitor.may_use(row.agent, mode)
+        ):
+            raise RefusedError(Code.NOT_FOUND, f"There is no session {clean_label(which)!r}; `sterna ls` shows what there is.")
+        return row
+
+    def _info(self, visitor: Visitor, which: _Which) -> dict[str, Any]:
+        row = self._row(visitor, which.session, "watch")
+        about = self._describe(row)
+        session = self._node.table.load(row.number)
+        if session is not None:
+            about |= {
+                "output": session.log.end,
+                "kept": session.log.tail,
+                "log": session.log_id,
+                "epoch": session.epoch,
+                "attachments": [
+                    {"label": a.label, "mode": a.mode, "device": a.device.hex()[:16], "cols": a.cols, "rows": a.rows}
+                    for a in session.attachments.values()
+                ],
+                "lanes": [{"attachment": lane.id.hex(), "handled": lane.handled} for lane in session.lanes.values()],
+            }
+        return about
+
+    def _rename(self, visitor: Visitor, request: _Rename) -> dict[str, Any]:
+        row = self._row(visitor, request.session, "drive")
+        self._node.store.rename(row.number, check_name(request.name))
+        live = self._node.table.loaded(row.number)
+        if live is not None:
+            live.name = request.name
+        return {"name": request.name}
+
+    def _close(self, visitor: Visitor, which: _Which) -> dict[str, Any]:
+        row = self._row(visitor, which.session, "drive")
+        if row.state == State.CLOSED:
+            return {"name": row.name}
+        session = self._node.table.load(row.number)
+        if session is None:
+            return {"name": row.name}
+        now = SYSTEM_CLOCK.monotonic()
+        if session.ended is not None or session.port is not None:
+            self._end(session, now)
+        else:
+            self._node.registry.ensure(session, lambda _reason: self._end(session, SYSTEM_CLOCK.monotonic()))
+        return {"name": row.name}
+
+    def _end(self, session: Any, now: int) -> None:
+        session.close(Cause.CLOSE, now)
+        self._node.table.settle(session)
+
+    def _displace(self, visitor: Visitor, which: _Which) -> dict[str, Any]:
+        row = self._row(visitor, which.session, "drive")
+        session = self._node.table.loaded(row.number)
+        count = len(session.attachments) if session is not None else 0
+        if session is not None:
+            session.displace(None, Code.DISPLACED, "Another device took the session over.", SYSTEM_CLOCK.monotonic())
+            self._node.table.store_state(session)
+        return {"displaced": count}
+
+    def _share(self, visitor: Visitor, request: _Share) -> dict[str, Any]:
+        if request.mode not in ("drive", "watch") or not 0 < request.ttl <= _TTL_MAX_SECONDS:
+            raise RefusedError(Code.BAD_REQUEST, "A share has mode drive or watch and lives for 1 second to 30 days.")
+        row = self._row(visitor, request.session, request.mode)
+        if not visitor.owner:
+            raise RefusedError(Code.DENIED, "A share link cannot be shared on; ask who gave it to you.")
+        text, hashed = new_ticket()
+        wall = SYSTEM_CLOCK.wall()
+        self._node.store.add_ticket(
+            hashed, visitor.tenant, row.number, row.agent, request.mode, wall + request.ttl * SECOND, wall
+        )
+        return {
+            "ticket": text,
+            "session": row.uid.hex(),
+            "name": row.name,
+            "agent": row.agent,
+            "mode": request.mode,
+            "expires": wall // SECOND + request.ttl,
+            **self._about(visitor, _Page()),
+        }
+
+    # ---- node, devices, tokens ---------------------------------------------------------------------------------
+
+    def _about(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
+        host, port = self._node.address
+        return {
+            "node": self._node.identity.node_id.hex(),
+            "host": host,
+            "port": port,
+            "web_port": self._node.config.web_port,
+            "tenant": visitor.tenant,
+            "started": self._node.started // SECOND,
+            "sessions": self._node.store.count(visitor.tenant),
+            "connections": len(self._node.connections) if visitor.owner else 0,
+        }
+
+    def _devices(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
+        self._owner(visitor)
+        return {
+            "devices": [
+                {
+                    "id": row.id.hex(),
+                    "label": row.label,
+                    "created": row.created // SECOND,
+                    "seen": row.seen // SECOND,
+                    "revoked": row.revoked,
+                    "sessions": row.sessions,
+                    "self": row.id == visitor.device,
+                }
+                for row in self._node.store.devices(visitor.tenant)
+            ]
+        }
+
+    def _revoke(self, visitor: Visitor, request: _Revoke) -> dict[str, Any]:
+        self._owner(visitor)
+        if request.token:
+            self._node.doorkeeper.revoke_token(request.token)
+            return {"token": request.token}
+        found = [
+            row.id for row in self._node.store.devices(visitor.tenant) if len(request.device) >= 8 and row.id.hex().startswith(request.device)
+        ]
+        if len(found) != 1:
+            raise RefusedError(Code.NOT_FOUND, "No device, or more than one, begins with that; `sterna devices` shows them.")
+        device = DeviceId(found[0])
+        self._node.store.revoke_device(visitor.tenant, device)
+        now = SYSTEM_CLOCK.monotonic()
+        for session in list(self._node.table.hot()):
+            if session.tenant == visitor.tenant:
+                for attachment in list(session.attachments.values()):
+                    if attachment.device == device:
+                        session.drop(attachment, Code.REVOKED, "This device was revoked.", now)
+        return {"device": device.hex()}
+
+    def _token(self, visitor: Visitor, request: _Token) -> dict[str, Any]:
+        self._owner(visitor)
+        now_s = SYSTEM_CLOCK.wall() // SECOND
+        tenant = request.tenant or visitor.tenant
+        if tenant != visitor.tenant and visitor.tenant != "local":
+            raise RefusedError(Code.DENIED, "Only who owns this machine's node may issue tokens for other tenants.")
+        expires = now_s + request.ttl if request.ttl else 0
+        return {"token": self._node.token_key.issue(tenant, request.agents, request.modes, now_s=now_s, expires=expires)}
+
+    def _drain(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
+        self._owner(visitor)
+        if visitor.tenant != "local":
+            raise RefusedError(Code.DENIED, "Only who owns this machine's node may stop it.")
+        self._node.stop_requested.set()
+        return {"pid": os.getpid()}
+
+    def _owner(self, visitor: Visitor) -> None:
+        if not visitor.owner:
+            raise RefusedError(Code.DENIED, "A share link does not allow that.")
+
+

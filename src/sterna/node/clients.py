@@ -1,0 +1,373 @@
+"""One client's connection: CONNECT, RESUME, and the frames of its attachments."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from sterna import limits
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code, ProtocolError, RefusedError, SternaError
+from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_label
+from sterna.node.doorkeeper import Visitor
+from sterna.node.store import SessionRow
+from sterna.protocol import messages
+from sterna.protocol.codec import Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
+from sterna.protocol.session import Attachment, Session
+from sterna.protocol.states import State
+from sterna.transport.pump import Pump
+
+if TYPE_CHECKING:
+    from sterna.node.app import Node
+
+log = logging.getLogger("sterna.node.clients")
+
+_DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), int(Type.EOF)
+_INPUT = frozenset((_DATA, _SIGNAL, _EOF))
+
+
+class ClientConnection:
+    """A connection from clients: any number of attachments, each on a handle that the client chose.
+
+    `last` is when bytes last came and `since` when it began, in monotonic nanoseconds; `proved` says that somebody
+    on it proved who they are; `visitor` may make CALLs.
+    """
+
+    __slots__ = (
+        "attachments", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump", "since", "visitor",
+    )  # fmt: skip
+
+    def __init__(self, node: Node, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
+        self.node = node
+        self.link = Link()
+        self.pump = Pump(node.reactor, sock, self.link, self, peer=peer, handshake=handshake)
+        self.attachments: dict[int, Attachment] = {}
+        self.pending = 0
+        self.highest = 0
+        self.since = self.last = SYSTEM_CLOCK.monotonic()
+        self.proved = self.pinged = False
+        self.local = local
+        self.visitor: Visitor | None = None
+
+    # ---- the pump's owner --------------------------------------------------------------------------------------
+
+    def received(self, pump: Pump, data: memoryview) -> None:
+        """Takes the client's bytes."""
+        now = self.last = SYSTEM_CLOCK.monotonic()
+        self.pinged = False
+        link = self.link
+        try:
+            for frame in link.receive(data):
+                attachment = self.attachments.get(frame[1])
+                if attachment is not None:
+                    self._attached(attachment, frame, now)
+                else:
+                    self._frame(frame, now)
+        except ProtocolError as error:
+            link.fail(error.code, f"{error}.")
+        link.check()
+
+    def drained(self, pump: Pump) -> None:
+        """Goes on with bulk data."""
+        now = SYSTEM_CLOCK.monotonic()
+        for attachment in list(self.attachments.values()):
+            if attachment.session is not None:
+                attachment.session.push(attachment, now)
+                attachment.session.pace(now)
+
+    def ended(self, pump: Pump, reason: str) -> None:
+        """Detaches everything on this connection; the sessions stay."""
+        now = SYSTEM_CLOCK.monotonic()
+        for attachment in list(self.attachments.values()):
+            self._detach(attachment, now)
+        self.attachments.clear()
+        self.node.gone(self, reason)
+
+    # ---- frames of an attachment -------------------------------------------------------------------------------
+
+    def _attached(self, attachment: Attachment, frame: Frame, now: int) -> None:
+        """Deals with a frame of an attachment; late frames of a displaced one are dropped."""
+        kind, handle, seq, payload = frame
+        session = attachment.session
+        if session is None:
+            return
+        if kind in _INPUT:
+            session.client_input(attachment, kind, seq, payload, now)
+        elif kind == _ACK:
+            if len(payload) == 8:
+                session.client_ack(attachment, payload, now)
+        elif kind == Type.RESIZE:
+            size = messages.unpack(messages.Resize, payload)
+            session.client_resize(attachment, *_cells(size.cols, size.rows))
+        elif kind == Type.SUSPEND:
+            lane = attachment.lane
+            position = lane.handled if lane is not None else 0
+            self._detach(attachment, now)
+            self.link.send_message(Type.SUSPEND, handle, messages.Suspend(position))
+        elif kind == Type.CLOSE:
+            session.client_close(attachment, now)
+        elif kind == Type.ERROR:
+            self._detach(attachment, now)
+        elif kind in (Type.CONNECT, Type.RESUME):
+            raise ProtocolError(Code.BAD_HANDLE, f"handle {handle} is in use")
+        if session.events:
+            self.node.table.settle(session)
+        self.node.ticker.watch(session)
+
+    def _detach(self, attachment: Attachment, now: int) -> None:
+        session = attachment.session
+        if session is not None:
+            session.detach(attachment, now)
+            self.node.table.store_state(session)
+            self.node.ticker.watch(session)
+
+    # ---- frames of the connection ------------------------------------------------------------------------------
+
+    def _frame(self, frame: Frame, now: int) -> None:
+        kind, handle, _seq, payload = frame
+        if kind == Type.CONNECT or kind == Type.RESUME:
+            self._begin(kind, handle, messages.unpack(Signed, payload), now)
+        elif handle:
+            if handle > self.highest:
+                self.link.refuse(handle, Code.BAD_HANDLE, "There is nothing on this handle.")
+        elif kind == Type.PING:
+            self.link.send(Type.PONG, 0, 0, payload)
+        elif kind == Type.CALL:
+            self._call(messages.unpack(messages.Call, payload), now)
+        elif kind == Type.ERROR:
+            self.pump.abort("the client reported an error")
+        elif kind != Type.PONG:
+            raise ProtocolError(Code.PROTOCOL, f"frame type 0x{kind:02x} makes no sense on session 0")
+
+    def _begin(self, kind: int, handle: int, signed: Signed, now: int) -> None:
+        """Checks a CONNECT or RESUME; a refusal ends only its handle, and a stranger's connection."""
+        if handle <= self.highest:
+            raise ProtocolError(Code.BAD_HANDLE, f"handle {handle} was used before")
+        self.highest = handle
+        if len(self.attachments) + self.pending >= limits.HANDLES_PER_CONNECTION_MAX:
+            self.link.refuse(handle, Code.LIMIT, "Too many sessions on one connection.")
+            return
+        door, address = self.node.doorkeeper, self.pump.peer
+        if door.blocked(address, now):
+            self._refuse(handle, RefusedError(Code.RATE_LIMITED, "Too many failures from your address.", retry_after=60.0), now)
+            return
+        try:
+            if kind == Type.CONNECT:
+                body = messages.unpack(ConnectBody, signed.body)
+                visitor = door.connect(signed, body)
+                self._prove()
+                self.visitor = visitor
+                self._connect(handle, visitor, body, now)
+            else:
+                resume = messages.unpack(ResumeBody, signed.body)
+                row = door.resume(signed, resume)
+                self._prove()
+                self._resume(handle, row.mode, row.exact, row.device, row.label, row.number, resume, now)
+        except ProtocolError:
+            raise
+        except SternaError as error:
+            self._refuse(handle, error, now)
+
+    def _prove(self) -> None:
+        if not self.proved:
+            self.proved = True
+            self.node.proved(self)
+
+    def _refuse(self, handle: int, error: SternaError, now: int) -> None:
+        more: dict[str, float | int | str | None] = {}
+        if isinstance(error, RefusedError):
+            more = {"retry_after": error.retry_after, "address": error.address, "value": error.value}
+        if error.code in (Code.DENIED, Code.REVOKED, Code.EXPIRED):
+            self.node.doorkeeper.failed(self.pump.peer, now)
+            log.warning("access denied", extra={"peer": self.pump.peer, "code": error.code.name})
+        if self.proved or error.code in (Code.STALE, Code.SUPERSEDED):
+            self.link.refuse(handle, error.code, str(error), **more)
+        else:
+            self.link.refuse(handle, error.code, str(error), **more)
+            self.link.closing = True
+
+    # ---- CONNECT -----------------------------------------------------------------------------------------------
+
+    def _connect(self, handle: int, visitor: Visitor, body: ConnectBody, now: int) -> None:
+        if self.node.draining and body.want != "call":
+            raise RefusedError(Code.DRAINING, "This node is being drained.", retry_after=5.0)
+        if body.want == "call":
+            self.link.send_message(Type.ACCEPT, handle, self._bare_accept(body))
+            return
+        known = self.node.store.find_request(visitor.device, body.request, SYSTEM_CLOCK.wall())
+        if known is not None:
+            row = self.node.store.session(known.session)
+            created, fresh = False, False
+        else:
+            row, created = self._find(visitor, body)
+            fresh = created
+        if row is None:
+            raise RefusedError(Code.NOT_FOUND, "There is no such session.")
+        if not self._allowed(visitor, row, body.mode):
+            raise RefusedError(Code.DENIED if body.want == "join" else Code.NOT_FOUND, "There is no such session.")
+        session = self.node.table.load(row.number)
+        if session is None:
+            raise RefusedError(Code.ENDED, "This session was closed.")
+        wall = SYSTEM_CLOCK.wall()
+        attachment_id = AttachmentId(body.attachment)
+        if known is None:
+            self.node.store.add_attachment(attachment_id, row.number, visitor.device, body.mode, body.exact, wall)
+            self.node.store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
+        attachment = self._attachment(handle, attachment_id, visitor.device, body.mode, clean_label(body.label))
+        attachment.exact = body.exact
+        attachment.answers = bool(body.term) and not body.exact
+        attachment.cols, attachment.rows = _cells(body.cols, body.rows)
+        self.pending += 1
+
+        def ready(reason: str) -> None:
+            self.pending -= 1
+            self._connected(session, attachment, body, created, reason)
+
+        opening = self._fresh_open(session, body) if fresh else None
+        self.node.registry.ensure(session, ready, fresh=opening)
+
+    def _connected(self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str) -> None:
+        """Ends a CONNECT once the session is open at its pod, or once it is clear that it will not be."""
+        now = SYSTEM_CLOCK.monotonic()
+        table = self.node.table
+        if reason and created:
+            table.refused(session.id, reason, now)
+            self.link.refuse(attachment.handle, Code.NO_AGENT, reason)
+            return
+        if session.state is State.CLOSED:
+            self.link.refuse(attachment.handle, Code.ENDED, "This session was closed.")
+            return
+        if self.pump.closed:
+            return
+        if len(session.attachments) >= limits.ATTACHMENTS_MAX:
+            self.link.refuse(attachment.handle, Code.LIMIT, f"A session has at most {limits.ATTACHMENTS_MAX} attachments.")
+            return
+        self.attachments[attachment.handle] = attachment
+        if body.displace:
+            session.displace(None, Code.DISPLACED, "Another device took the session over.", now)
+        old = session.attachments.get(attachment.id)
+        if old is not None:
+            session.drop(old, Code.DISPLACED, "This attachment was connected again.", now)
+        session.attach(attachment, now, output=body.output, node=self.node.identity.node_id, created=created)
+        self._settled(session)
+
+    def _find(self, visitor: Visitor, body: ConnectBody) -> tuple[SessionRow | None, bool]:
+        """Returns the session that a CONNECT means, made if it asks for that."""
+        store = self.node.store
+        if visitor.session is not None:
+            return store.session(visitor.session), False
+        if body.want == "join":
+            row = store.session_by_uid(SessionUid(body.uid or b"")) if body.uid else None
+            if row is None and body.name:
+                row = store.session_by_name(visitor.tenant, body.name)
+            return row, False
+        if body.want == "named" and body.name:
+            row = store.session_by_name(visitor.tenant, check_name(body.name))
+            if row is not None:
+                return row, False
+        elif body.want == "latest":
+            row = store.latest_session(visitor.tenant, body.agent, visitor.device) if body.agent else None
+            if row is not None:
+                return row, False
+        return self._create(visitor, body), True
+
+    def _create(self, visitor: Visitor, body: ConnectBody) -> SessionRow:
+        if "drive" not in visitor.modes or body.mode != "drive":
+            raise RefusedError(Code.NOT_FOUND, "There is no such session, and a watcher cannot begin one.")
+        pod = self.node.registry.pod(visitor.tenant, body.agent)
+        if pod is None or not body.agent:
+            raise RefusedError(Code.NO_AGENT, f"There is no agent {body.agent!r} here; `sterna ls` shows what there is.")
+        _check_start(body)
+        cols, rows = _cells(body.cols, body.rows)
+        connection = pod.connection
+        return self.node.store.create_session(
+            uid=SessionUid(os.urandom(16)), log_id=self.node.store.next_log_id(), tenant=visitor.tenant, agent=body.agent,
+            name=check_name(body.name) if body.name else None, label="", kind=pod.kind, owner=visitor.device,
+            instance=connection.hello.instance if connection is not None and connection.hello is not None else b"",
+            cols=cols, rows=rows, cwd=body.cwd, argv=body.argv, boot=self.node.table.boot, now=SYSTEM_CLOCK.wall(),
+        )  # fmt: skip
+
+    def _fresh_open(self, session: Session, body: ConnectBody) -> messages.Open:
+        cols, rows = _cells(body.cols, body.rows)
+        term = body.term[: limits.TERM_MAX_CHARS]
+        return messages.Open(session.uid, 0, True, cols, rows, term, session.name, body.argv, body.cwd, body.env)
+
+    def _allowed(self, visitor: Visitor, row: SessionRow, mode: str) -> bool:
+        if row.tenant != visitor.tenant or (visitor.session is not None and visitor.session != row.number):
+            return False
+        return visitor.may_use(row.agent, mode)
+
+    def _attachment(self, handle: int, attachment_id: AttachmentId, device: DeviceId, mode: str, label: str) -> Attachment:
+        return Attachment(attachment_id, self.link, handle, device, "drive" if mode == "drive" else "watch", label)
+
+    def _bare_accept(self, body: ConnectBody) -> messages.Accept:
+        return messages.Accept(
+            uid=b"", log=0, kind="stream", epoch=0, node=self.node.identity.node_id, name="", agent="", output=0, input=0,
+            window=0, keepalive=limits.KEEPALIVE_SECONDS, mode=body.mode,
+        )  # fmt: skip
+
+    # ---- RESUME ------------------------------------------------------------------------------------------------
+
+    def _resume(
+        self, handle: int, mode: str, exact: bool, device: DeviceId, label: str, number: int, body: ResumeBody, now: int
+    ) -> None:
+        session = self.node.table.load(number)
+        if session is None:
+            row = self.node.store.session(number)
+            if row is None:
+                raise RefusedError(Code.DENIED, "Access denied: the token, ticket or key is not valid for this.")
+            farewell = messages.Close(row.end_code or int(Code.ENDED), row.end_reason or "", row.status, row.signal)
+            self.link.send_message(Type.CLOSE, handle, farewell)
+            return
+        attachment = self._attachment(handle, AttachmentId(body.attachment), device, mode, clean_label(label))
+        attachment.exact = exact
+        attachment.cols, attachment.rows = _cells(body.cols, body.rows)
+        attachment.answers = not exact and bool(body.cols)
+        self.pending += 1
+
+        def ready(reason: str) -> None:
+            self.pending -= 1
+            if self.pump.closed:
+                return
+            if session.state is State.CLOSED:
+                self.link.refuse(handle, Code.ENDED, "This session was closed.")
+                return
+            self.attachments[handle] = attachment
+            session.resume(attachment, body, SYSTEM_CLOCK.monotonic())
+            self._settled(session)
+
+        self.node.registry.ensure(session, ready)
+
+    def _settled(self, session: Session) -> None:
+        if session.events:
+            self.node.table.settle(session)
+        self.node.table.store_state(session)
+        self.node.ticker.watch(session)
+
+    # ---- CALL --------------------------------------------------------------------------------------------------
+
+    def _call(self, call: messages.Call, now: int) -> None:
+        if self.visitor is None:
+            raise ProtocolError(Code.DENIED, "CALL comes after CONNECT")
+        result = self.node.calls.answer(self, self.visitor, call, now)
+        self.link.send_message(Type.RESULT, 0, result)
+
+
+def _cells(cols: int, rows: int) -> tuple[int, int]:
+    """Returns a terminal size within bounds; 0 means that there is no terminal."""
+    most = limits.SIZE_MAX_CELLS
+    return min(max(cols, 0), most), min(max(rows, 0), most)
+
+
+def _check_start(body: ConnectBody) -> None:
+    """Refuses commands, directories and variables beyond their bounds."""
+    argv, cwd = body.argv or [], body.cwd or ""
+    if len(argv) > limits.ARGV_MAX or sum(map(len, argv)) > limits.ARGV_MAX_BYTES or len(cwd) > limits.ARGV_MAX_BYTES:
+        raise RefusedError(Code.TOO_LARGE, "The command is too long.")
+    if len(body.env) > limits.ENV_MAX or sum(len(k) + len(v) for k, v in body.env.items()) > limits.ARGV_MAX_BYTES:
+        raise RefusedError(Code.TOO_LARGE, "There are too many variables.")

@@ -1,0 +1,165 @@
+"""Who may do what: proofs, tokens, tickets, and the brake on guessing (docs/protocol.md, section 4)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from fnmatch import fnmatchcase
+
+from sterna import limits
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code, ProtocolError, RefusedError, TrustError
+from sterna.ids import AttachmentId, DeviceId, NodeId, check_agent
+from sterna.node.store import AttachmentRow, Store
+from sterna.protocol import messages
+from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
+from sterna.trust import device as device_keys
+from sterna.trust.tickets import ticket_hash
+from sterna.trust.tokens import Access
+from sterna.units import SECOND
+
+_DENIED = "Access denied: the token, ticket or key is not valid for this."
+_MINUTE = 60 * SECOND
+_ADDRESSES_MAX = 10_000
+# A key that no device has; a proof for an unknown attachment is checked against it so that the answer takes as long.
+_NOBODY = bytes((device_keys.ED25519,)) + bytes(31) + b"\x01"
+
+
+class Visitor:
+    """Who is behind a connection once CONNECT was proved: its tenant, device, and what it may use.
+
+    `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch".
+    """
+
+    __slots__ = ("agents", "device", "label", "modes", "owner", "public", "session", "tenant")
+
+    def __init__(self, tenant: str, device: DeviceId, public: bytes, agents: tuple[str, ...], modes: frozenset[str]) -> None:
+        self.tenant = tenant
+        self.device = device
+        self.public = public
+        self.agents = agents
+        self.modes = modes
+        self.session: int | None = None
+        self.owner = False
+        self.label = ""
+
+    def may_use(self, agent: str, mode: str) -> bool:
+        """Tells whether an agent may be used in a mode; who may drive may also watch."""
+        return (mode in self.modes or (mode == "watch" and "drive" in self.modes)) and any(
+            fnmatchcase(agent, glob) for glob in self.agents
+        )
+
+
+class Doorkeeper:
+    """Checks proofs and credentials for one node; failures are counted for each address."""
+
+    def __init__(self, node_id: NodeId, access: Access, store: Store) -> None:
+        self._node = node_id
+        self._access = access
+        self._store = store
+        self._revoked = store.revoked_tokens()
+        self._failures: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self.denied = 0
+
+    # ---- the brake ---------------------------------------------------------------------------------------------
+
+    def blocked(self, address: str, now: int) -> bool:
+        """Tells whether an address has failed too often within a minute; `now` in monotonic nanoseconds."""
+        found = self._failures.get(address)
+        return found is not None and now - found[0] < _MINUTE and found[1] >= limits.FAILURES_PER_MINUTE_MAX
+
+    def failed(self, address: str, now: int) -> None:
+        """Counts a failure of an address."""
+        self.denied += 1
+        since, count = self._failures.pop(address, (now, 0))
+        if now - since >= _MINUTE:
+            since, count = now, 0
+        self._failures[address] = (since, count + 1)
+        if len(self._failures) > _ADDRESSES_MAX:
+            self._failures.popitem(last=False)
+
+    # ---- CONNECT -----------------------------------------------------------------------------------------------
+
+    def connect(self, signed: Signed, body: ConnectBody) -> Visitor:
+        """Returns who sent a CONNECT, after checking signature and credential; else RefusedError."""
+        genuine = device_keys.verify(body.key, messages.CONTEXT_CONNECT, self._node, signed.body, signed.sig)
+        if body.context != messages.CONTEXT_CONNECT or body.node != self._node or not genuine:
+            raise RefusedError(Code.DENIED, _DENIED)
+        if body.min > messages.VERSION or body.max < messages.VERSION - 1:
+            raise RefusedError(Code.VERSION, f"This node speaks protocol version {messages.VERSION}.")
+        if len(body.attachment) != 16 or len(body.request) != 16:
+            raise ProtocolError(Code.BAD_PAYLOAD, "attachment and request have 16 bytes")
+        visitor = self._credential(body)
+        if not visitor.may_use(check_agent(body.agent) if body.agent else "", body.mode) and body.want not in ("join", "call"):
+            if body.agent or body.mode not in visitor.modes:
+                raise RefusedError(Code.DENIED, _DENIED)
+        visitor.label = body.label
+        return visitor
+
+    def _credential(self, body: ConnectBody) -> Visitor:
+        device = device_keys.device_id(body.key)
+        wall = SYSTEM_CLOCK.wall()
+        if not body.credential:
+            raise RefusedError(Code.DENIED, _DENIED)
+        if len(body.credential) > limits.TOKEN_MAX_BYTES:
+            raise RefusedError(Code.TOO_LARGE, "The token is too long.")
+        try:
+            hashed = ticket_hash(body.credential)
+        except TrustError:
+            hashed = b""
+        if hashed:
+            ticket = self._store.redeem_ticket(hashed, device, wall)
+            if ticket is None:
+                raise RefusedError(Code.DENIED, _DENIED)
+            visitor = Visitor(ticket.tenant, device, body.key, (ticket.agents,), frozenset((ticket.mode,)))
+            visitor.session = ticket.session
+        else:
+            try:
+                grant = self._access.grant(body.credential, wall // SECOND, self._revoked)
+            except TrustError as error:
+                code = error.code if error.code == Code.EXPIRED else Code.DENIED
+                raise RefusedError(code, str(error) if code == Code.EXPIRED else _DENIED) from None
+            if body.tenant and body.tenant != grant.tenant:
+                raise RefusedError(Code.DENIED, _DENIED)
+            visitor = Visitor(grant.tenant, device, body.key, tuple(grant.agents), grant.modes)
+            visitor.owner = True
+        self._store.put_device(device, body.key, visitor.tenant, body.label, wall)
+        return visitor
+
+    # ---- RESUME ------------------------------------------------------------------------------------------------
+
+    def resume(self, signed: Signed, body: ResumeBody) -> AttachmentRow:
+        """Returns the attachment that a RESUME proves to come from, and spends its counter; else RefusedError.
+
+        Unknown attachment, wrong key, wrong device, wrong session: the same answer after the same work.
+        """
+        row = self._store.attachment(AttachmentId(body.attachment)) if len(body.attachment) == 16 else None
+        public = row.public if row is not None else _NOBODY
+        genuine = device_keys.verify(public, messages.CONTEXT_RESUME, self._node, signed.body, signed.sig)
+        if (
+            row is None
+            or not genuine
+            or body.context != messages.CONTEXT_RESUME
+            or body.node != self._node
+            or body.device != row.device
+            or body.uid != row.uid
+        ):
+            raise RefusedError(Code.DENIED, _DENIED)
+        if row.revoked:
+            raise RefusedError(Code.REVOKED, "This device was revoked.")
+        if body.min > messages.VERSION or body.max < messages.VERSION - 1:
+            raise RefusedError(Code.VERSION, f"This node speaks protocol version {messages.VERSION}.")
+        if body.counter <= row.counter:
+            if row.race and body.race == row.race:
+                raise RefusedError(Code.SUPERSEDED, "Another connection of this attachment was faster.")
+            raise RefusedError(Code.STALE, "This counter was used before.", value=row.counter)
+        if body.race == row.race:
+            raise RefusedError(Code.SUPERSEDED, "Another connection of this attachment was faster.")
+        if body.counter > limits.POSITION_MAX or len(body.race) != 16:
+            raise RefusedError(Code.DENIED, _DENIED)
+        self._store.spend_counter(AttachmentId(body.attachment), body.counter, body.race)
+        return row
+
+    def revoke_token(self, token: str) -> None:
+        """Refuses a token from now on."""
+        self._store.revoke_token(token)
+        self._revoked = self._store.revoked_tokens()

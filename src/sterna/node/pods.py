@@ -1,0 +1,467 @@
+"""The pods on this machine: found by inotify, connected, and given their sessions (docs/protocol.md, section 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Mapping
+
+from asyncinotify import Inotify, Mask
+
+from sterna import limits
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code, ProtocolError
+from sterna.ids import split_socket_name
+from sterna.node.table import SessionTable
+from sterna.protocol import messages
+from sterna.protocol.codec import Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.session import Lane, Session
+from sterna.transport.listen import peer_uid
+from sterna.transport.pump import Pump, Reactor
+from sterna.transport.ticker import Ticker
+
+log = logging.getLogger("sterna.node.pods")
+
+Ready = Callable[[str], None]
+"""Called once a session is open at its pod (""), or with the reason why it is not."""
+
+_OPEN_BATCH = 200
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+_GONE_SECONDS = 3.0
+_DATA, _ACK, _EXIT = int(Type.DATA), int(Type.ACK), int(Type.EXIT)
+
+
+class Port:
+    """One session's place on a pod's connection."""
+
+    __slots__ = ("connection", "features", "handle", "link")
+
+    def __init__(self, connection: PodConnection, handle: int) -> None:
+        self.connection = connection
+        self.link = connection.link
+        self.handle = handle
+        self.features = connection.features
+
+    def lane_handle(self, session: Session, lane: Lane) -> int:
+        """Returns a new handle whose frames are this lane's."""
+        return self.connection.new_handle((session, lane))
+
+
+Target = Session | tuple[Session, Lane] | int
+"""Whose a handle is: a session, a lane, or (a number) a session that is not in memory."""
+
+
+class PodConnection:
+    """A connection to one pod: its greeting, and the handles of sessions and lanes on it."""
+
+    def __init__(self, pod: Pod, reactor: Reactor, sock: socket.socket) -> None:
+        self.pod = pod
+        self.link = Link()
+        self.pump = Pump(reactor, sock, self.link, self, peer=pod.name)
+        self.hello: messages.Hello | None = None
+        self.features: frozenset[str] = frozenset()
+        self._handles: dict[int, Target] = {}
+        self._opening: dict[int, tuple[int, list[Ready]]] = {}
+        self._asked: dict[int, int] = {}
+        self._next = 1
+        self._table = pod.registry.table
+
+    def new_handle(self, target: Target) -> int:
+        """Returns a handle never used on this connection."""
+        handle = self._next
+        self._next += 1
+        self._handles[handle] = target
+        return handle
+
+    def park(self, session: Session) -> None:
+        """Notes that a session leaves memory: its frames bring it back."""
+        port = session.port
+        if isinstance(port, Port) and port.connection is self:
+            self._handles[port.handle] = session.id
+            for lane in session.lanes.values():
+                self._handles.pop(lane.handle, None)
+
+    def open(self, number: int, request: messages.Open, ready: Ready | None) -> None:
+        """Sends OPEN for a session; `ready` hears how it went."""
+        waiting = self._opening.get(self._asked.get(number, 0))
+        if waiting is not None:
+            if ready is not None:
+                waiting[1].append(ready)
+            return
+        handle = self._asked[number] = self.new_handle(number)
+        self._opening[handle] = (number, [ready] if ready is not None else [])
+        self.link.send_message(Type.OPEN, handle, request)
+
+    # ---- the pump's owner --------------------------------------------------------------------------------------
+
+    def received(self, pump: Pump, data: memoryview) -> None:
+        """Takes the pod's bytes."""
+        now = SYSTEM_CLOCK.monotonic()
+        link = self.link
+        try:
+            for frame in link.receive(data):
+                self._frame(frame, now)
+        except ProtocolError as error:
+            log.warning("pod broke the protocol", extra={"pod": self.pod.name, "reason": str(error)})
+            link.fail(error.code, str(error))
+        link.check()
+
+    def _frame(self, frame: Frame, now: int) -> None:
+        kind, handle, seq, payload = frame
+        target = self._handles.get(handle)
+        if type(target) is tuple:
+            if kind == _ACK and len(payload) == 8:
+                target[0].pod_ack(target[1], payload)
+        elif kind == Type.HELLO and self.hello is None:
+            self._greeted(messages.unpack(messages.Hello, payload))
+        elif kind == Type.OPENED:
+            self._opened(handle, messages.unpack(messages.Opened, payload), now)
+        elif target is not None and kind in (_DATA, _EXIT, Type.SNAPSHOT):
+            self._session_frame(handle, target, frame, now)
+        elif kind == Type.ERROR and handle == 0:
+            error = messages.unpack(messages.Error, payload)
+            log.warning("pod ended the connection", extra={"pod": self.pod.name, "reason": error.message})
+
+    def _session_frame(self, handle: int, target: Target, frame: Frame, now: int) -> None:
+        kind, _, seq, payload = frame
+        assert not isinstance(target, tuple)
+        session = target
+        if isinstance(session, int):
+            loaded = self._table.load(session)
+            if loaded is None:
+                self.link.send_message(Type.CLOSE, handle, messages.Close(reason="unknown"))
+                del self._handles[handle]
+                return
+            session = loaded
+            session.port = Port(self, handle)
+            self._handles[handle] = session
+        if kind == _DATA:
+            session.pod_data(seq, payload, now)
+            self.pod.registry.ticker.watch(session)
+        elif kind == _EXIT:
+            session.pod_exit(messages.unpack(messages.Exit, payload), now)
+        else:
+            session.pod_snapshot(messages.unpack(messages.Snapshot, payload), now)
+        if session.events:
+            self._table.settle(session)
+
+    def _greeted(self, hello: messages.Hello) -> None:
+        self.hello = hello
+        self.features = frozenset(hello.features)
+        log.info("pod connected", extra={"pod": self.pod.name, "kind": hello.kind})
+        self.pod.ready(self)
+
+    def _opened(self, handle: int, opened: messages.Opened, now: int) -> None:
+        pending = self._opening.pop(handle, None)
+        if pending is None:
+            return
+        number, waiting = pending
+        self._asked.pop(number, None)
+        reason = ""
+        if opened.error is not None:
+            self._handles.pop(handle, None)
+            reason = opened.error.message
+            if opened.error.code == Code.NOT_FOUND:
+                self._table.agent_lost(number, "The agent was restarted and does not have this session any more.", now)
+            else:
+                self._table.refused(number, opened.error.message, now)
+        else:
+            session = self._table.loaded(number)
+            if session is None and waiting:
+                session = self._table.load(number)
+            if session is not None:
+                self._handles[handle] = session
+                self._table.opened(session, Port(self, handle), opened, now)
+        for ready in waiting:
+            ready(reason)
+
+    def drained(self, pump: Pump) -> None:
+        """Nothing waits for a pod: what goes to it is bounded by its clients' windows."""
+
+    def ended(self, pump: Pump, reason: str) -> None:
+        """Takes the sessions off; the pod is looked for again."""
+        for target in list(self._handles.values()):
+            if isinstance(target, Session) and isinstance(target.port, Port) and target.port.connection is self:
+                target.pod_gone()
+        self._handles.clear()
+        waiting = [ready for _, readies in self._opening.values() for ready in readies]
+        self._opening.clear()
+        self.pod.lost(self, reason)
+        for ready in waiting:
+            ready("The agent's connection was lost.")
+
+
+class Pod:
+    """One pod socket: `{tenant}_{agent}`; connected as long as it is there."""
+
+    def __init__(self, registry: PodRegistry, tenant: str, agent: str, path: str) -> None:
+        self.registry = registry
+        self.tenant, self.agent, self.path = tenant, agent, path
+        self.name = f"{tenant}_{agent}"
+        self.connection: PodConnection | None = None
+        self._tries = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._absent_since = 0.0
+        self._waiting: list[Callable[[PodConnection | None], None]] = []
+        self.gone = False
+        self.kind: messages.Kind = "pty"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether sessions can be opened now."""
+        return self.connection is not None and self.connection.hello is not None
+
+    def connect(self) -> None:
+        """Connects, or tries again a little later; a socket that nobody serves for a while means that the agent is gone."""
+        self._timer = None
+        if self.gone or self.connection is not None:
+            return
+        try:
+            sock = self._dial()
+        except OSError as error:
+            self._absent(error)
+            return
+        self._tries = 0
+        self._absent_since = 0.0
+        self.connection = PodConnection(self, self.registry.reactor, sock)
+        self.connection.pump.start()
+
+    def _dial(self) -> socket.socket:
+        """Returns a connection to the socket, after checking who owns and who serves it."""
+        found = os.lstat(self.path)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.ENOTSOCK, "it is not a socket")
+        if not self.registry.trusts(found.st_uid, self.tenant):
+            raise OSError(errno.EPERM, "another user owns it")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            sock.connect(self.path)
+            _pid, uid = peer_uid(sock)
+            if not self.registry.trusts(uid, self.tenant):
+                raise OSError(errno.EPERM, "another user serves it")
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def _absent(self, error: OSError) -> None:
+        loop = self.registry.reactor.loop
+        if error.errno in (errno.EPERM, errno.ENOTSOCK):
+            log.warning("pod socket refused", extra={"pod": self.name, "reason": error.strerror})
+            self.forget(str(error.strerror))
+            return
+        if not self._absent_since:
+            self._absent_since = loop.time()
+        if error.errno in (errno.ECONNREFUSED, errno.ENOENT) and loop.time() - self._absent_since >= _GONE_SECONDS:
+            self.forget("nobody serves its socket")
+            return
+        delay = _RETRY_SECONDS[min(self._tries, len(_RETRY_SECONDS) - 1)]
+        self._tries += 1
+        self._timer = loop.call_later(delay, self.connect)
+
+    def forget(self, reason: str) -> None:
+        """Gives the pod up: its sessions end as lost."""
+        self.gone = True
+        if self._timer is not None:
+            self._timer.cancel()
+        log.info("pod gone", extra={"pod": self.name, "reason": reason})
+        self.registry.forget(self)
+        self._tell(None)
+
+    def ready(self, connection: PodConnection) -> None:
+        """Opens the pod's known sessions, those that somebody waits for first."""
+        assert connection.hello is not None
+        self.kind = connection.hello.kind
+        self._tell(connection)
+        self.registry.reactor.loop.call_soon(self._reopen, connection, 0)
+
+    def _tell(self, connection: PodConnection | None) -> None:
+        waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            callback(connection)
+
+    def _reopen(self, connection: PodConnection, after: int) -> None:
+        """Opens a batch of the sessions that this pod should have; the rest in later turns of the loop."""
+        if connection is not self.connection or connection.pump.closed:
+            return
+        table = self.registry.table
+        batch = table.living(self.tenant, self.agent, after, _OPEN_BATCH)
+
+        def send() -> None:
+            for number in batch:
+                session = table.loaded(number)
+                if session is None or session.port is None:
+                    request = table.open_request(number)
+                    if request is not None:
+                        connection.open(number, request, None)
+
+        self.registry.reactor.run(send)
+        if len(batch) == _OPEN_BATCH:
+            self.registry.reactor.loop.call_later(0.001, self._reopen, connection, batch[-1])
+
+    def lost(self, connection: PodConnection, reason: str) -> None:
+        """Looks at once whether the pod is still there."""
+        if self.connection is connection:
+            self.connection = None
+            log.info("pod disconnected", extra={"pod": self.name, "reason": reason})
+            if not self.gone and not self.registry.closing:
+                self._timer = self.registry.reactor.loop.call_later(0, self.connect)
+
+    def when_ready(self, callback: Callable[[PodConnection | None], None]) -> None:
+        """Calls back with the connection once the pod has greeted, or with None when it is given up."""
+        if self.is_ready:
+            callback(self.connection)
+        elif self.gone:
+            callback(None)
+        else:
+            self._waiting.append(callback)
+
+    def close(self) -> None:
+        """Disconnects; the pod goes on."""
+        self.gone = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.connection is not None:
+            self.connection.pump.flush()
+            self.connection.pump.abort("the node stops")
+
+
+class PodRegistry:
+    """All pods in one directory of sockets, kept up to date by inotify(7).
+
+    `tenants` maps user ids to the tenants whose sockets they may own; None: this process's user may own any.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        table: SessionTable,
+        reactor: Reactor,
+        ticker: Ticker,
+        tenants: Mapping[int, frozenset[str]] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.table = table
+        self.reactor = reactor
+        self.ticker = ticker
+        self.closing = False
+        self._tenants = tenants
+        self._pods: dict[tuple[str, str], Pod] = {}
+        self._inotify: Inotify | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._started = 0.0
+        self._arrivals: dict[tuple[str, str], list[Callable[[], None]]] = {}
+
+    def trusts(self, uid: int, tenant: str) -> bool:
+        """Tells whether a user may serve agents of a tenant."""
+        if self._tenants is None:
+            return uid in (os.geteuid(), 0)
+        return tenant in self._tenants.get(uid, frozenset()) or uid == 0
+
+    def start(self) -> None:
+        """Begins to watch, then looks once at what is there."""
+        self._started = self.reactor.loop.time()
+        self._inotify = Inotify()
+        mask = Mask.CREATE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM | Mask.ATTRIB
+        self._inotify.add_watch(self.directory, mask)
+        self._task = self.reactor.loop.create_task(self._watch(self._inotify))
+        for name in sorted(os.listdir(self.directory)):
+            self._appeared(name)
+
+    async def _watch(self, inotify: Inotify) -> None:
+        async for event in inotify:
+            name = str(event.name) if event.name is not None else ""
+            if event.mask & (Mask.CREATE | Mask.MOVED_TO | Mask.ATTRIB):
+                self._appeared(name)
+
+    def _appeared(self, name: str) -> None:
+        """Takes up a socket with a pod's name; a replaced one is another process's, found out on the next connect."""
+        key = split_socket_name(name)
+        if key is None or (len(self._pods) >= limits.PODS_MAX and key not in self._pods):
+            return
+        pod = self._pods.get(key)
+        if pod is None:
+            path = os.path.join(self.directory, name)
+            if not os.path.lexists(path):
+                return
+            pod = self._pods[key] = Pod(self, *key, path)
+            pod.connect()
+            for callback in self._arrivals.pop(key, []):
+                callback()
+        elif pod.connection is None:
+            pod.connect()
+
+    def pod(self, tenant: str, agent: str) -> Pod | None:
+        """Returns a pod that is there, or was a moment ago."""
+        return self._pods.get((tenant, agent))
+
+    def pods(self, tenant: str | None = None) -> list[Pod]:
+        """Returns all pods (of one tenant), by name."""
+        return [pod for key, pod in sorted(self._pods.items()) if tenant is None or key[0] == tenant]
+
+    def forget(self, pod: Pod) -> None:
+        """Drops a pod that is gone, and ends its sessions."""
+        if self._pods.get((pod.tenant, pod.agent)) is pod:
+            del self._pods[(pod.tenant, pod.agent)]
+        self.table.agent_gone(pod.tenant, pod.agent, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
+
+    def ensure(self, session: Session, ready: Ready, *, fresh: messages.Open | None = None) -> None:
+        """Sees to it that a session is open at its pod, then calls `ready`; after a short grace it says why not."""
+        if session.ended is not None or (session.port is not None and session.lanes_known):
+            ready("")
+            return
+        pod = self.pod(session.tenant, session.agent)
+        if pod is None:
+            self._await_arrival(session, ready, fresh)
+            return
+
+        def connected(connection: PodConnection | None) -> None:
+            if connection is None:
+                ready("Its agent is gone.")
+                return
+            request = fresh or self.table.open_request(session.id)
+            if request is None:
+                ready("It has ended.")
+            else:
+                connection.open(session.id, request, ready)
+
+        pod.when_ready(connected)
+
+    def _await_arrival(self, session: Session, ready: Ready, fresh: messages.Open | None) -> None:
+        """Right after the node's start the pods may still be on their way; later a missing one is gone."""
+        loop = self.reactor.loop
+        key = (session.tenant, session.agent)
+        left = self._started + _GONE_SECONDS - loop.time()
+        if fresh is not None or left <= 0:
+            if fresh is None:
+                self.table.agent_gone(*key, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
+            ready("There is no such agent here.")
+            return
+        done = False
+
+        def arrived() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                self.reactor.run(lambda: self.ensure(session, ready))
+
+        self._arrivals.setdefault(key, []).append(arrived)
+        loop.call_later(left + 0.01, arrived)
+
+    async def close(self) -> None:
+        """Stops watching and disconnects from all pods."""
+        self.closing = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._inotify is not None:
+            self._inotify.close()
+        for pod in list(self._pods.values()):
+            pod.close()

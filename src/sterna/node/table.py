@@ -1,0 +1,300 @@
+"""The node's sessions: in memory while somebody uses them, else only in the store and the journal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from sterna import limits
+from sterna.clock import SYSTEM_CLOCK
+from sterna.errors import Code, ProtocolError, StorageError
+from sterna.ids import AttachmentId, SessionUid
+from sterna.journal.interface import OutputLog
+from sterna.journal.journal import Journal
+from sterna.journal.memory import MemoryLog
+from sterna.node.store import SessionRow, Store
+from sterna.protocol import messages
+from sterna.protocol.messages import LaneState
+from sterna.protocol.session import Ended, Lane, PodPort, Session
+from sterna.protocol.states import Cause, State
+from sterna.units import SECOND
+
+if TYPE_CHECKING:
+    from sterna.protocol.session import OutputLog as CoreLog
+
+log = logging.getLogger("sterna.node.sessions")
+
+_READ_BYTES = 65_536
+_LIVING = (State.CONNECTING, State.ACTIVE, State.SUSPENDED)
+_LOST_BATCH = 500
+
+
+class Parker(Protocol):
+    """Learns that a session leaves memory."""
+
+    def park(self, session: Session) -> None:
+        """Keeps what is needed to bring it back."""
+
+
+class SessionTable:
+    """Finds, loads, stores and ends sessions.
+
+    `overwrite` False holds agents whose output nobody reads once the ring is full of it. `retention` is in seconds, 0 = for ever.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        *,
+        boot: str,
+        overwrite: bool = True,
+        retention: int = limits.RETENTION_SECONDS,
+        ring_bytes: int = limits.RING_BYTES,
+        spill_bytes: int = limits.SPILL_BYTES,
+    ) -> None:
+        self.store = store
+        self.journal = journal
+        self.boot = boot
+        self._overwrite = overwrite
+        self._retention = retention
+        self._ring = ring_bytes
+        self._spill = spill_bytes
+        self._hot: dict[int, Session] = {}
+        self._by_uid: dict[bytes, int] = {}
+        self._used: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._stored: dict[int, State] = {}
+        self.storage_failures = 0
+        self.on_lost: Callable[[Callable[[], None]], None] = lambda work: work()
+
+    # ---- finding -----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._hot)
+
+    def hot(self) -> Iterable[Session]:
+        """Returns the sessions in memory."""
+        return self._hot.values()
+
+    def loaded(self, number: int) -> Session | None:
+        """Returns a session if it is in memory."""
+        return self._hot.get(number)
+
+    def load(self, number: int) -> Session | None:
+        """Returns a session, from disk if need be; None if there is none or it was closed."""
+        session = self._hot.get(number)
+        if session is not None:
+            self._used[number] = SYSTEM_CLOCK.monotonic()
+            return session
+        row = self.store.session(number)
+        if row is None or row.state == State.CLOSED:
+            return None
+        return self._add(row)
+
+    def by_uid(self, uid: bytes) -> Session | None:
+        """Returns the session with this uid, from disk if need be."""
+        number = self._by_uid.get(uid)
+        if number is None:
+            row = self.store.session_by_uid(SessionUid(uid))
+            number = row.number if row is not None else None
+        return self.load(number) if number is not None else None
+
+    def _add(self, row: SessionRow) -> Session:
+        output = self._open_log(row)
+        session = Session(
+            SessionUid(row.uid), output, log_id=row.log_id, kind=row.kind, tenant=row.tenant, agent=row.agent, name=row.name,
+            number=row.number,
+        )  # fmt: skip
+        session.epoch = row.epoch
+        session.overwrite = self._overwrite
+        session.spare = self._spare
+        session.state = State.SUSPENDED if row.state == State.ACTIVE else State(row.state)
+        if session.state is State.EXITED:
+            session.ended = Ended(Code(row.end_code or Code.ENDED), row.end_reason or "", row.status, row.signal)
+            session.final = self.store.final(row.number)
+            for state in _lane_states(self.store.lanes(row.number)):
+                lane_id = AttachmentId(state.attachment)
+                session.lanes[lane_id] = Lane(lane_id, state.next)
+        self._hot[row.number] = session
+        self._by_uid[row.uid] = row.number
+        self._used[row.number] = SYSTEM_CLOCK.monotonic()
+        return session
+
+    def _open_log(self, row: SessionRow) -> OutputLog:
+        """Returns a session's log; what the disk lost is named in the log of the program, and in `lost` to who needs it."""
+        if row.number in self.journal:
+            output = self.journal.open(row.number, ring_bytes=self._ring, spill_bytes=self._spill)
+            if output.damaged:
+                log.error("journal damaged", extra={"session": row.name, "lost": output.damaged})
+            return output
+        return self.journal.create(row.number, ring_bytes=self._ring, spill_bytes=self._spill)
+
+    def _spare(self, broken: CoreLog) -> CoreLog:
+        """Returns a log in memory that goes on where one on disk failed."""
+        self.storage_failures += 1
+        log.error("journal failed; the session goes on in memory")
+        spare = MemoryLog(getattr(broken, "number", 0), start=broken.tail)
+        position = broken.tail
+        try:
+            while position < broken.end:
+                data = broken.read(position, _READ_BYTES)
+                spare.append(data)
+                position += len(data)
+        except StorageError:
+            spare = MemoryLog(getattr(broken, "number", 0), start=broken.end)
+        return spare
+
+    # ---- making and ending -------------------------------------------------------------------------------------
+
+    def create(self, row: SessionRow) -> Session:
+        """Returns the session for a new row."""
+        return self._add(row)
+
+    def opened(self, session: Session, port: PodPort, opened: messages.Opened, now: int) -> None:
+        """Takes a session up at its pod; where the journal lacks what the pod no longer has, a new log begins."""
+        before = session.state
+        try:
+            session.pod_opened(port, opened, now)
+        except ProtocolError:
+            log.error("output lost between journal and agent", extra={"session": session.name})
+            self._new_log(session, opened.base)
+            session.pod_opened(port, opened, now)
+        if session.state is not before:
+            self.store.set_state(session.id, session.state, SYSTEM_CLOCK.wall())
+
+    def _new_log(self, session: Session, start: int) -> None:
+        session.log_id = self.store.next_log_id()
+        self.store.set_log(session.id, session.log_id)
+        getattr(session.log, "release", lambda: None)()
+        self.journal.remove(session.id)
+        session.log = self.journal.create(session.id, ring_bytes=self._ring, spill_bytes=self._spill, start=start)
+
+    def refused(self, number: int, reason: str, now: int) -> None:
+        """Forgets a session whose program could not be started."""
+        session = self._hot.get(number)
+        if session is not None and session.state is State.CONNECTING:
+            session.port = None
+            session.state = State.CLOSED
+            self._closed(session)
+
+    def agent_lost(self, number: int, reason: str, now: int) -> None:
+        """Ends one session whose agent is gone."""
+        session = self.load(number)
+        if session is not None and session.ended is None:
+            session.port = None
+            session.agent_lost(now, reason)
+            self.settle(session)
+
+    def agent_gone(self, tenant: str, agent: str, reason: str, now: int) -> None:
+        """Ends all living sessions of an agent; many of them in several turns of the loop."""
+        batch = self.living(tenant, agent, 0, _LOST_BATCH)
+        for number in batch:
+            self.agent_lost(number, reason, now)
+        if len(batch) == _LOST_BATCH:
+            self.on_lost(lambda: self.agent_gone(tenant, agent, reason, now))
+
+    def settle(self, session: Session) -> None:
+        """Stores what happened to a session."""
+        events, session.events = session.events, []
+        for event in events:
+            if event == "exited":
+                self._exited(session)
+            elif event == "closed":
+                self._closed(session)
+
+    def _exited(self, session: Session) -> None:
+        ended = session.ended
+        assert ended is not None
+        lanes = messages.pack(session.lane_states())
+        wall = SYSTEM_CLOCK.wall()
+        self.store.set_end(session.id, int(ended.code), ended.reason, ended.status, ended.signal, lanes, wall)
+        if session.final:
+            self.store.set_final(session.id, session.final)
+        log.info("session ended", extra={"session": session.name, "status": ended.status, "signal": ended.signal})
+        session.release()
+
+    def _closed(self, session: Session) -> None:
+        self.store.close_session(session.id, SYSTEM_CLOCK.wall())
+        getattr(session.log, "release", lambda: None)()
+        self.journal.remove(session.id)
+        self._drop(session)
+        log.info("session closed", extra={"session": session.name})
+
+    def _drop(self, session: Session) -> None:
+        self._hot.pop(session.id, None)
+        self._by_uid.pop(session.uid, None)
+        self._used.pop(session.id, None)
+        self._ends.pop(session.id, None)
+        self._stored.pop(session.id, None)
+
+    def store_state(self, session: Session) -> None:
+        """Stores whether somebody is attached, when that changed."""
+        if session.ended is None and self._stored.get(session.id) is not session.state:
+            self._stored[session.id] = session.state
+            self.store.set_state(session.id, session.state, SYSTEM_CLOCK.wall())
+
+    # ---- what pods need ----------------------------------------------------------------------------------------
+
+    def living(self, tenant: str, agent: str, after: int, limit: int) -> list[int]:
+        """Returns numbers of an agent's sessions that have not ended, in order, above `after`."""
+        return [row.number for row in self.store.living((tenant, agent), after, limit)]
+
+    def open_request(self, number: int) -> messages.Open | None:
+        """Returns the OPEN that takes up an existing session at its pod; None if it has ended."""
+        session = self._hot.get(number)
+        if session is not None:
+            if session.ended is not None:
+                return None
+            return messages.Open(session.uid, session.log.end, name=session.name)
+        row = self.store.session(number)
+        if row is None or row.state not in _LIVING:
+            return None
+        if number not in self.journal:
+            return messages.Open(row.uid, 0, name=row.name)
+        output = self.journal.open(number, ring_bytes=self._ring, spill_bytes=self._spill)
+        end = output.end
+        output.release()
+        return messages.Open(row.uid, end, name=row.name)
+
+    # ---- housekeeping ------------------------------------------------------------------------------------------
+
+    def evict(self, idle: int, now: int, parker: Callable[[Session], None]) -> int:
+        """Takes sessions out of memory that nobody is attached to and that were quiet for `idle` nanoseconds; returns how many."""
+        cold: list[Session] = []
+        for number, session in self._hot.items():
+            if session.attachments or session.state is State.CONNECTING or isinstance(session.log, MemoryLog):
+                self._used[number] = now
+            elif session.log.end != self._ends.get(number):
+                self._ends[number] = session.log.end
+                self._used[number] = now
+            elif now - self._used[number] >= idle:
+                cold.append(session)
+        for session in cold:
+            parker(session)
+            packer = getattr(session.log, "pack", None)
+            if packer is not None:
+                packer()
+            getattr(session.log, "release", lambda: None)()
+            self._drop(session)
+        return len(cold)
+
+    def purge(self) -> int:
+        """Forgets what is older than the retention time; returns how many sessions."""
+        if not self._retention:
+            return 0
+        numbers = self.store.purge(SYSTEM_CLOCK.wall() - self._retention * SECOND)
+        for number in numbers:
+            session = self._hot.get(number)
+            if session is not None:
+                session.close(Cause.RETENTION, SYSTEM_CLOCK.monotonic())
+                getattr(session.log, "release", lambda: None)()
+                self._drop(session)
+            if number in self.journal:
+                self.journal.remove(number)
+        return len(numbers)
+
+
+def _lane_states(blob: bytes) -> list[LaneState]:
+    return messages.unpack(list[LaneState], blob) if blob else []

@@ -1,0 +1,345 @@
+"""Runs one program for one session: its PTY or pipes, its screen, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Mapping
+
+from sterna import limits
+from sterna.errors import UsageError
+from sterna.pod.program import DRAIN_MAX_SECONDS, DRAIN_QUIET_SECONDS, ExitStatus, Kind, Program, program_environment
+from sterna.pod.screen import LazyScreen
+from sterna.pod.server import PodServer
+from sterna.protocol import messages
+from sterna.protocol.compress import compress
+from sterna.protocol.frame import Type
+from sterna.protocol.podside import Input, PodSession
+
+_READ_BYTES = 65_536
+_BATCH_BYTES = 65_535
+_SHORT_BYTES = 2_048
+_IDLE_SECONDS = 0.25
+_ESCALATE_SECONDS = 3.0
+_ENDED_POLL_SECONDS = 0.02
+_EOF = int(Type.EOF)
+_SIGNAL = int(Type.SIGNAL)
+
+
+class ProgramRunner:
+    """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
+
+    __slots__ = (
+        "_deadline", "_idle", "_line_start", "_loop", "_program", "_quiet", "_reading", "_screen", "_server", "_session",
+        "_status", "_waiting", "_writing",
+    )  # fmt: skip
+
+    def __init__(self, server: PodServer, session: PodSession, program: Program, screen: LazyScreen | None) -> None:
+        self._server = server
+        self._session = session
+        self._program = program
+        self._screen = screen
+        self._loop = server.reactor.loop
+        self._waiting: deque[Input] = deque()
+        self._writing = False
+        self._reading = False
+        self._line_start = True
+        self._status: ExitStatus | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._quiet: asyncio.TimerHandle | None = None
+        self._deadline = 0.0
+        self._loop.add_reader(program.pidfd, self._exited)
+        self._read_on()
+
+    # ---- output ------------------------------------------------------------------------------------------------
+
+    def _read_on(self) -> None:
+        if not self._reading and self._program.read_fd >= 0:
+            self._reading = True
+            self._loop.add_reader(self._program.read_fd, self._readable)
+
+    def _read_off(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._program.read_fd)
+
+    def _readable(self) -> None:
+        self._server.reactor.run(self._read)
+
+    def _read(self) -> None:
+        """Reads what the program wrote, many small pieces into one frame, never more than there is room for."""
+        session = self._session
+        room = min(session.out.room, _BATCH_BYTES)
+        if room <= 0:
+            session.starved = True
+            self._read_off()
+            return
+        fd, parts, size, ended = self._program.read_fd, [], 0, False
+        try:
+            while size < room:
+                data = os.read(fd, min(_READ_BYTES, room - size))
+                if not data:
+                    ended = True
+                    break
+                parts.append(data)
+                size += len(data)
+                if len(data) < _SHORT_BYTES:
+                    break
+        except BlockingIOError:
+            pass
+        except OSError:
+            ended = True  # EIO: nobody holds the terminal's other side any more (pty(7))
+        if parts:
+            self._emit(parts[0] if len(parts) == 1 else b"".join(parts))
+        if ended:
+            self._read_off()
+            self._drained()
+        elif self._status is not None:
+            self._wait_quiet()
+
+    def _emit(self, data: bytes) -> None:
+        self._server.output(self._session, data)
+        screen = self._screen
+        if screen is None:
+            return
+        screen.feed(data)
+        if not self._session.audience:
+            # With nobody attached nobody answers the program's questions, so our own terminal does.
+            reply = screen.replies()
+            if reply:
+                self._give(reply)
+        if self._idle is None:
+            self._idle = self._loop.call_later(_IDLE_SECONDS, self._rest, self._session.out.end)
+
+    def _rest(self, end: int) -> None:
+        """Feeds the screen once the program has been quiet for a moment."""
+        if self._session.out.end == end:
+            self._idle = None
+            if self._screen is not None:
+                self._screen.idle()
+        else:
+            self._idle = self._loop.call_later(_IDLE_SECONDS, self._rest, self._session.out.end)
+
+    def roomy(self) -> None:
+        """Reads again: the node has taken output."""
+        if self._status is None or self._program.read_fd >= 0:
+            self._read_on()
+            self._read()
+
+    # ---- input -------------------------------------------------------------------------------------------------
+
+    def input(self, item: Input) -> None:
+        """Gives input to the program, in order; what it does not take waits."""
+        if self._waiting or not self._deliver(item):
+            self._waiting.append(item)
+
+    def _deliver(self, item: Input) -> bool:
+        """Returns whether the program has all of an input now."""
+        if item.kind == _SIGNAL:
+            self._signal(item.data)
+        elif item.kind == _EOF:
+            item.data = self._program.eof(at_line_start=self._line_start)
+            item.kind = int(Type.DATA)
+        if item.kind != _SIGNAL and item.data:
+            written = self._write(item.data)
+            if written < len(item.data):
+                item.data = item.data[written:]
+                return False
+        self._server.handled(item)
+        return True
+
+    def _write(self, data: bytes) -> int:
+        """Writes what the program takes now; returns how many bytes, all of them if it takes none any more."""
+        fd = self._program.write_fd
+        if fd < 0:
+            return len(data)
+        try:
+            written = os.write(fd, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            return len(data)  # EPIPE, EIO: the program has closed its input or is gone
+        if written:
+            self._line_start = data[written - 1] in (10, 13)
+        if written < len(data) and not self._writing:
+            self._writing = True
+            self._loop.add_writer(fd, self._writable)
+        return written
+
+    def _writable(self) -> None:
+        self._server.reactor.run(self._write_on)
+
+    def _write_on(self) -> None:
+        while self._waiting:
+            if not self._deliver(self._waiting[0]):
+                return
+            self._waiting.popleft()
+        self._write_off()
+
+    def _write_off(self) -> None:
+        if self._writing:
+            self._writing = False
+            if self._program.write_fd >= 0:
+                self._loop.remove_writer(self._program.write_fd)
+
+    def _give(self, reply: bytes) -> None:
+        """Writes an answer of our own terminal; a program that does not read it loses it, as on a real one."""
+        if not self._waiting and self._program.write_fd >= 0:
+            try:
+                os.write(self._program.write_fd, reply)
+            except OSError:
+                return
+
+    def _signal(self, payload: bytes) -> None:
+        try:
+            self._program.signal(messages.unpack(messages.Signal, payload).name)
+        except UsageError:
+            return  # a name we do not pass on: taken, and nothing happens
+
+    # ---- size, screen ------------------------------------------------------------------------------------------
+
+    def resized(self) -> None:
+        """Sets the terminal's size."""
+        session = self._session
+        self._program.resize(session.cols, session.rows)
+        if self._screen is not None:
+            self._screen.resize(session.cols, session.rows)
+
+    def audience(self) -> None:
+        """Lets our own terminal answer only what is asked from now on, if nobody is attached."""
+        if self._screen is not None:
+            self._screen.replies()
+
+    def capture(self, token: int, scrollback: bool) -> None:
+        """Sends what repaints the screen at the end of the output so far."""
+        data = b"" if self._screen is None else self._screen.snapshot(scrollback)
+        self._session.send_snapshot(token, self._session.out.end, compress(data), True)
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def _exited(self) -> None:
+        self._server.reactor.run(self._reap)
+
+    def _reap(self) -> None:
+        status = self._program.poll_exit()
+        if status is None:
+            return
+        self._loop.remove_reader(self._program.pidfd)
+        self._status = status
+        self._deadline = self._loop.time() + DRAIN_MAX_SECONDS
+        if self._program.read_fd < 0 or not self._reading and not self._session.starved:
+            self._drained()
+        else:
+            self._wait_quiet()
+
+    def _wait_quiet(self) -> None:
+        """The program has ended but somebody may hold its output open: a second without a byte is the end."""
+        if self._quiet is not None:
+            self._quiet.cancel()
+        left = max(0.0, min(DRAIN_QUIET_SECONDS, self._deadline - self._loop.time()))
+        self._quiet = self._loop.call_later(left, self._quiet_now)
+
+    def _quiet_now(self) -> None:
+        if self._session.starved:
+            self._deadline = self._loop.time() + DRAIN_MAX_SECONDS
+            self._wait_quiet()
+            return
+        self._server.reactor.run(self._drained)
+
+    def _drained(self) -> None:
+        """Ends the session's output once the program has ended too."""
+        if self._status is None or self._session.exit is not None:
+            return
+        self._stop_watching()
+        self._write_off()
+        self._waiting.clear()
+        self._program.close()
+        final = b""
+        if self._screen is not None and self._session.out.end:
+            final = compress(self._screen.snapshot(True))
+            if len(final) > limits.FINAL_MAX_BYTES:
+                final = compress(self._screen.snapshot(False))
+            self._screen = None
+        now = self._server.now()
+        self._server.machine.acknowledge_due(self._session, now, True)
+        self._session.finish(self._status.code, self._status.signal, now, final)
+
+    def _stop_watching(self) -> None:
+        self._read_off()
+        for timer in (self._idle, self._quiet):
+            if timer is not None:
+                timer.cancel()
+        self._idle = self._quiet = None
+
+    def close(self) -> None:
+        """Ends the program, more firmly every few seconds, and lets go of it."""
+        self._stop_watching()
+        self._screen = None
+        if self._program.pidfd < 0:
+            return
+        if self._status is None:
+            self._loop.remove_reader(self._program.pidfd)
+            _terminate(self._loop, self._program)
+        else:
+            self._write_off()
+            self._program.close()
+
+
+def _terminate(loop: asyncio.AbstractEventLoop, program: Program) -> None:
+    """Sends HUP, TERM, KILL, three seconds apart, until the program has ended, then closes its descriptors."""
+    timer: asyncio.TimerHandle | None = None
+
+    def again() -> None:
+        nonlocal timer
+        program.terminate()
+        timer = loop.call_later(_ESCALATE_SECONDS, again)
+
+    def ended() -> None:
+        if program.poll_exit() is not None:
+            loop.remove_reader(program.pidfd)
+            if timer is not None:
+                timer.cancel()
+            program.close()
+
+    loop.add_reader(program.pidfd, ended)
+    again()
+
+
+class ProgramStarter:
+    """Starts runners for one pod: the default command, and how much a session may choose itself.
+
+    `command` runs where a session names none; `cwd` is the directory where none is named.
+    """
+
+    def __init__(self, command: list[str], *, kind: Kind, cwd: str, env: Mapping[str, str], agent: str = "") -> None:
+        self._command = command
+        self._kind: Kind = kind
+        self._cwd = cwd
+        self._env = dict(env)
+        self._agent = agent
+        self._programs: list[Program] = []
+
+    def __call__(self, server: PodServer, session: PodSession, request: messages.Open) -> ProgramRunner:
+        """Starts the program of a new session; AgentError or UsageError when that cannot be done."""
+        extra = {k: v for k, v in request.env.items() if k in _FORWARDED or k.startswith("LC_")}
+        extra["STERNA_SESSION"] = request.name
+        if self._agent:
+            extra["STERNA_AGENT"] = self._agent
+        env = program_environment(self._env, term=request.term[: limits.TERM_MAX_CHARS] or "xterm-256color", extra=extra)
+        cwd = request.cwd or self._cwd
+        program = Program.start(
+            request.argv or self._command, kind=self._kind, cwd=cwd, env=env, cols=session.cols, rows=session.rows
+        )
+        self._programs = [known for known in self._programs if known.pidfd >= 0]
+        self._programs.append(program)
+        screen = LazyScreen(session.cols, session.rows) if self._kind == "pty" else None
+        return ProgramRunner(server, session, program, screen)
+
+    async def wait_ended(self) -> None:
+        """Waits until every program has ended, after the server was closed."""
+        while any(program.pidfd >= 0 for program in self._programs):
+            await asyncio.sleep(_ENDED_POLL_SECONDS)
+
+
+_FORWARDED = frozenset({"LANG", "LANGUAGE", "COLORTERM", "TZ"})

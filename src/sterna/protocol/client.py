@@ -1,0 +1,714 @@
+"""The client's side of one attachment: connect, resume, race, and notice trouble (docs/protocol.md, section 4).
+
+Sans-IO: a driver dials when `next_action` says so, passes bytes and time in, and deals with events. Several connections may
+be open at once; at most one is active.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from sterna import limits
+from sterna.errors import Code, ProtocolError, RefusedError
+from sterna.protocol import messages
+from sterna.protocol.codec import Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.messages import Accept, Close, ConnectBody, Lost, Resumed, ResumeBody, Signed
+from sterna.protocol.race import Race, Vitals
+from sterna.protocol.stream import Intake, SendStream
+from sterna.units import SECOND
+
+_DATA, _ACK, _EOF, _SIGNAL = int(Type.DATA), int(Type.ACK), int(Type.EOF), int(Type.SIGNAL)
+_ANSWER = 2 * SECOND
+_GIVE_UP = limits.HANDSHAKE_SECONDS * SECOND
+_FATAL = frozenset(
+    (
+        Code.DENIED, Code.EXPIRED, Code.REVOKED, Code.NOT_FOUND, Code.NO_AGENT, Code.ENDED, Code.VERSION, Code.TOO_LARGE,
+        Code.BAD_PAYLOAD, Code.BAD_REQUEST, Code.UNSUPPORTED, Code.EXISTS, Code.READ_ONLY, Code.DISPLACED, Code.LIMIT,
+        Code.MOVED,
+    )
+)  # fmt: skip
+
+
+class Dial:
+    """The driver shall open a connection and report it under this number."""
+
+    __slots__ = ("connection",)
+
+    def __init__(self, connection: int) -> None:
+        self.connection = connection
+
+
+class Drop:
+    """The driver shall close this connection once what is queued on it was sent."""
+
+    __slots__ = ("connection",)
+
+    def __init__(self, connection: int) -> None:
+        self.connection = connection
+
+
+class Opened:
+    """The session is there: the ACCEPT that says what it is."""
+
+    __slots__ = ("accept",)
+
+    def __init__(self, accept: Accept) -> None:
+        self.accept = accept
+
+
+class Output:
+    """Output bytes; `end` is to be reported by `handled` once they are written. `replayed` bytes were sent before a cut."""
+
+    __slots__ = ("data", "end", "replayed")
+
+    def __init__(self, data: bytes, end: int, replayed: bool) -> None:
+        self.data = data
+        self.end = end
+        self.replayed = replayed
+
+
+class Screen:
+    """What repaints the screen as it is at output position `position`; `data` is compressed if `zstd`."""
+
+    __slots__ = ("data", "position", "zstd")
+
+    def __init__(self, data: bytes, position: int, zstd: bool) -> None:
+        self.data = data
+        self.position = position
+        self.zstd = zstd
+
+
+class Gap:
+    """Output that will never come, from `start` to before `end`."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+
+
+class Uncertain:
+    """Input from `start` to before `end` may or may not have reached the agent, which is gone; it is not repeated."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+
+
+class Trouble:
+    """The connection is gone or suspect (`since`, monotonic nanoseconds), or well again (None)."""
+
+    __slots__ = ("reason", "since")
+
+    def __init__(self, since: int | None, reason: str) -> None:
+        self.since = since
+        self.reason = reason
+
+
+class Notice:
+    """Something the node tells: who joined or left, storage trouble."""
+
+    __slots__ = ("event",)
+
+    def __init__(self, event: messages.Event) -> None:
+        self.event = event
+
+
+class Roomy:
+    """Input finds room in the window again."""
+
+    __slots__ = ()
+
+
+class Ended:
+    """The session ended: its CLOSE. After all output is handled, call `confirm_end`."""
+
+    __slots__ = ("close",)
+
+    def __init__(self, close: Close) -> None:
+        self.close = close
+
+
+class Suspended:
+    """The node knows that we leave; it keeps the session."""
+
+    __slots__ = ()
+
+
+class Failed:
+    """It cannot go on: the reason, as an error to raise."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: RefusedError) -> None:
+        self.error = error
+
+
+Event = Opened | Output | Screen | Gap | Uncertain | Trouble | Notice | Roomy | Ended | Suspended | Failed
+
+
+class Saved:
+    """What an attachment needs to be resumed by another process: who it is and where it stood.
+
+    `input` is the position of the next byte that the process would have sent first.
+    """
+
+    __slots__ = ("attachment", "epoch", "input", "log", "output", "uid")
+
+    def __init__(self, uid: bytes, attachment: bytes, *, epoch: int, log: int, output: int, input: int) -> None:  # noqa: A002  # the protocol's word
+        self.uid = uid
+        self.attachment = attachment
+        self.epoch = epoch
+        self.log = log
+        self.output = output
+        self.input = input
+
+
+class _Connection:
+    """One connection: its link, and what was asked on it (`asked` is when, -1 before)."""
+
+    __slots__ = ("asked", "established", "handle", "link", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.link = Link()
+        self.handle = 0
+        self.asked = -1
+        self.established = False
+
+
+class ClientMachine:
+    """One attachment to one session, through any number of connections.
+
+    `connect` is the CONNECT body to be sent (its `attachment` names us), `device` the device id, `sign(context, body)` its
+    signature, `counter()` the next RESUME counter, `raise_counter(value)` what follows ERROR `stale`, `random(n)` n random bytes.
+    `saved` resumes an attachment of an earlier process. All times are monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        connect: ConnectBody,
+        *,
+        device: bytes,
+        sign: Callable[[str, bytes], bytes],
+        counter: Callable[[], int],
+        raise_counter: Callable[[int], None],
+        random: Callable[[int], bytes],
+        now: int,
+        saved: Saved | None = None,
+    ) -> None:
+        self._connect_body = connect
+        self._device = device
+        self._sign = sign
+        self._counter = counter
+        self._raise_counter = raise_counter
+        self._random = random
+        self.attachment = saved.attachment if saved is not None else connect.attachment
+        self.uid = saved.uid if saved is not None else b""
+        self.log = saved.log if saved is not None else 0
+        self.epoch = saved.epoch if saved is not None else 1
+        self.input = SendStream(saved.input if saved is not None else 0)
+        self.intake = Intake(saved.output if saved is not None else 0)
+        self.cols, self.rows = connect.cols, connect.rows
+        self._connections: dict[int, _Connection] = {}
+        self._numbers = 0
+        self._active: _Connection | None = None
+        self._race_id = b""
+        self._actions: deque[Dial | Drop] = deque()
+        self._events: deque[Event] = deque()
+        self._farewells: dict[int, list[bytes]] = {}
+        self._parts: list[bytes] = []
+        self._replay_until = 0
+        self._suspected = 0
+        self._started = now
+        self._leaving = False
+        self._ended = False
+        self._full = False
+        self._vitals = Vitals(now)
+        self._race = Race(random)
+        self._race.begin(now)
+        self._dial_due(now)
+
+    # ---- for the driver ----------------------------------------------------------------------------------------
+
+    def next_action(self) -> Dial | Drop | None:
+        """Returns what to do with connections next."""
+        return self._actions.popleft() if self._actions else None
+
+    def next_event(self) -> Event | None:
+        """Returns what happened next."""
+        return self._events.popleft() if self._events else None
+
+    def data_to_send(self) -> list[tuple[int, list[bytes]]]:
+        """Returns (connection, bytes) for all connections that have something to send."""
+        return [
+            (c.number, c.link.data_to_send()) for c in self._connections.values() if c.established and c.link.out_bytes
+        ]
+
+    def farewell(self, number: int) -> list[bytes]:
+        """Returns the last bytes of a connection that `Drop` named; they go out before it is closed."""
+        return self._farewells.pop(number, [])
+
+    @property
+    def active(self) -> int | None:
+        """The number of the connection that carries the session now."""
+        return self._active.number if self._active is not None else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen."""
+        return self._ended
+
+    def established(self, number: int, now: int) -> None:
+        """A connection is open and, with TLS, the other side is proved to be the node."""
+        connection = self._connections.get(number)
+        if connection is None or self._ended:
+            return
+        connection.established = True
+        self._race.established(now)
+        if not any(c.asked >= 0 for c in self._connections.values() if c is not self._active):
+            self._ask(connection, now)
+
+    def dial_failed(self, number: int, now: int, *, refused: bool, reason: str = "") -> None:
+        """A connection could not be opened; `refused` says that nobody listens there (or the network said no)."""
+        if self._connections.pop(number, None) is None or self._ended:
+            return
+        self._race.failed(now, refused)
+        if not self.uid and (refused or now - self._started > _GIVE_UP):
+            self._fail(RefusedError(Code.TIMEOUT, reason or "The node cannot be reached."))
+
+    def lost(self, number: int, now: int, reason: str = "") -> None:
+        """A connection is gone."""
+        connection = self._connections.pop(number, None)
+        if connection is None or self._ended:
+            return
+        was_asked = connection.asked >= 0
+        if connection is self._active:
+            self._active = None
+            if self._leaving:
+                self._finish(Suspended())
+                return
+            self._suspect(now, reason or "connection lost")
+        elif was_asked:
+            self._race_id = b""
+            if not self.uid and now - self._started > _GIVE_UP:
+                self._fail(RefusedError(Code.TIMEOUT, "The node ends every connection."))
+                return
+            self._race.failed(now, True)
+            self._ask_next(now)
+
+    def receive(self, number: int, data: bytes | memoryview, now: int) -> None:
+        """Takes bytes of a connection."""
+        connection = self._connections.get(number)
+        if connection is None or self._ended:
+            return
+        if connection is self._active:
+            self._vitals.received(now)
+        link = connection.link
+        try:
+            for frame in link.receive(data):
+                self._frame(connection, frame, now)
+        except ProtocolError as error:
+            self._break(connection, error, now)
+            return
+        link.check()
+        if link.closing:
+            self._break(connection, ProtocolError(Code.PROTOCOL, "the node sent broken bytes"), now)
+
+    def _break(self, connection: _Connection, error: ProtocolError, now: int) -> None:
+        """Ends a connection whose peer broke the protocol; the session resumes on another."""
+        connection.link.fail(error.code, str(error))
+        self._drop(connection)
+        if connection is self._active:
+            self._active = None
+            self._suspect(now, str(error))
+
+    def suspect(self, now: int, reason: str) -> None:
+        """The driver saw trouble: an address change, the machine's sleep, bytes that are not acknowledged."""
+        if not self._ended and self.uid:
+            self._suspect(now, reason)
+
+    # ---- for the user ------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes, now: int) -> int:
+        """Takes input, as much as the window has room for; returns how many bytes."""
+        taken = self.input.write(data)
+        self._full = taken < len(data)
+        self._send_input(now)
+        return taken
+
+    def eof(self, now: int) -> bool:
+        """Ends the input; False when the window has no room for it yet."""
+        done = self.input.mark(_EOF)
+        self._full = not done
+        self._send_input(now)
+        return done
+
+    def signal(self, name: str, now: int) -> bool:
+        """Sends a signal by name (INT, TERM, …), in order with the input; False when there is no room yet."""
+        done = self.input.mark(_SIGNAL, messages.pack(messages.Signal(name)))
+        self._send_input(now)
+        return done
+
+    def resize(self, cols: int, rows: int) -> None:
+        """Tells the terminal's size in cells."""
+        self.cols, self.rows = cols, rows
+        if self._active is not None:
+            self._active.link.send_message(Type.RESIZE, self._active.handle, messages.Resize(cols, rows))
+
+    def handled(self, position: int, now: int) -> None:
+        """Notes that all output before `position` is written."""
+        self.intake.handle(position, now)
+        self._acknowledge(now, False)
+
+    def suspend(self, now: int) -> None:
+        """Leaves politely; `Suspended` follows, at once when there is no connection."""
+        self._leaving = True
+        connection = self._active
+        if connection is None:
+            self._finish(Suspended())
+            return
+        self._acknowledge(now, True)
+        connection.link.send_message(Type.SUSPEND, connection.handle, messages.Suspend(self.intake.handled))
+        connection.asked = now
+
+    def close(self, now: int) -> bool:
+        """Asks to end the session for good; False without a connection."""
+        if self._active is None:
+            return False
+        self._active.link.send_message(Type.CLOSE, self._active.handle, Close())
+        return True
+
+    def confirm_end(self, now: int) -> None:
+        """Tells the node that the final output and status were read; it may forget the session."""
+        connection = self._active
+        if connection is not None:
+            handled = self.intake.handled
+            connection.link.send(_ACK, connection.handle, handled, handled.to_bytes(8, "big"))
+            connection.link.send_message(Type.CLOSE, connection.handle, Close())
+            self._drop(connection)
+        self._ended = True
+
+    def saved(self) -> Saved:
+        """Returns what another process needs to resume this attachment."""
+        return Saved(
+            self.uid, self.attachment, epoch=self.epoch, log=self.log, output=self.intake.handled, input=self.input.base
+        )
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def next_timeout(self) -> int | None:
+        """Returns when `handle_timeout` is to be called, in monotonic nanoseconds, or None."""
+        if self._ended:
+            return None
+        times = [t for t in (self._race.due(), self._asked_due()) if t is not None]
+        if self._active is not None:
+            times.append(self._vitals.due(bool(self.input.end - self.input.base)))
+            ack = self.intake.timeout()
+            if ack is not None:
+                times.append(ack)
+        return min(times) if times else None
+
+    def _asked_due(self) -> int | None:
+        asked = [c.asked + _ANSWER for c in self._connections.values() if c.asked >= 0 and (c is not self._active or self._leaving)]
+        return min(asked) if asked else None
+
+    def handle_timeout(self, now: int) -> None:
+        """Does what is due: acknowledge, ping, suspect, dial, give up on an unanswered question."""
+        if self._ended:
+            return
+        self._acknowledge(now, False)
+        active = self._active
+        if active is not None:
+            what = self._vitals.check(now, bool(self.input.end - self.input.base))
+            if what == "ping":
+                self._ping(active, now)
+            elif what:
+                self._suspect(now, what)
+        for connection in list(self._connections.values()):
+            if connection.asked >= 0 and now - connection.asked >= _ANSWER:
+                self._unanswered(connection, now)
+        self._dial_due(now)
+        if not self.uid and now - self._started > _GIVE_UP and not self._ended:
+            self._fail(RefusedError(Code.TIMEOUT, "The node does not answer."))
+
+    def _unanswered(self, connection: _Connection, now: int) -> None:
+        if connection is self._active:
+            if self._leaving:
+                self._drop(connection)
+                self._finish(Suspended())
+            return
+        self._drop(connection)
+        self._race_id = b""
+        self._ask_next(now)
+
+    def _dial_due(self, now: int) -> None:
+        """Begins the connections that the race wants now; the oldest unestablished one makes room."""
+        while self._race.take(now):
+            open_ = [c for c in self._connections.values() if c is not self._active]
+            if len(open_) >= limits.RACE_OPEN_MAX:
+                waiting = [c for c in open_ if not c.established]
+                if not waiting:
+                    return
+                self._drop(waiting[0])
+            self._numbers += 1
+            self._connections[self._numbers] = _Connection(self._numbers)
+            self._actions.append(Dial(self._numbers))
+
+    # ---- connecting --------------------------------------------------------------------------------------------
+
+    def _ask_next(self, now: int) -> None:
+        """Asks on another established connection, if there is one that nothing was asked on."""
+        for connection in self._connections.values():
+            if connection.established and connection.asked < 0 and connection is not self._active:
+                self._ask(connection, now)
+                return
+
+    def _ask(self, connection: _Connection, now: int) -> None:
+        """Sends CONNECT, or RESUME once there is a session."""
+        connection.handle += 1
+        connection.asked = now
+        body = self._connect_body
+        if not self.uid:
+            self._send_signed(connection, Type.CONNECT, messages.CONTEXT_CONNECT, messages.pack(body))
+            return
+        if not self._race_id:
+            self._race_id = self._random(16)
+        resume = ResumeBody(
+            context=messages.CONTEXT_RESUME, node=body.node, uid=self.uid, device=self._device, attachment=self.attachment,
+            race=self._race_id, counter=self._counter(), epoch=self.epoch, log=self.log, output=self.intake.next,
+            cols=self.cols if body.term and not body.exact else 0, rows=self.rows, features=body.features,
+        )  # fmt: skip
+        self._send_signed(connection, Type.RESUME, messages.CONTEXT_RESUME, messages.pack(resume))
+
+    def _send_signed(self, connection: _Connection, kind: Type, context: str, body: bytes) -> None:
+        connection.link.send_message(kind, connection.handle, Signed(body, self._sign(context, body)))
+
+    def _take_over(self, connection: _Connection, now: int) -> None:
+        """Makes a connection the active one; all others end."""
+        connection.asked = -1
+        self._active = connection
+        self._race_id = b""
+        for other in list(self._connections.values()):
+            if other is not connection:
+                self._drop(other)
+        self._vitals.renewed(now)
+        if self._race.running:
+            self._race.end()
+            self._events.append(Trouble(None, ""))
+
+    def _suspect(self, now: int, reason: str) -> None:
+        """Begins to race new connections; the old one, if there is one, stays until another is RESUMED."""
+        if not self._race.running:
+            self._race_id = b""
+            self._suspected = now
+            self._race.begin(now)
+            self._events.append(Trouble(now, reason))
+            if self._active is not None:
+                self._ping(self._active, now)
+            self._dial_due(now)
+        else:
+            self._race.hurry(now)
+            self._dial_due(now)
+
+    def _drop(self, connection: _Connection) -> None:
+        if self._connections.pop(connection.number, None) is not None:
+            self._actions.append(Drop(connection.number))
+            self._farewells[connection.number] = connection.link.data_to_send() if connection.established else []
+
+    # ---- frames ------------------------------------------------------------------------------------------------
+
+    def _frame(self, connection: _Connection, frame: Frame, now: int) -> None:
+        kind, handle, seq, payload = frame
+        if connection is self._active and handle == connection.handle:
+            self._session_frame(connection, kind, seq, payload, now)
+        elif handle == connection.handle and handle:
+            if kind == Type.ACCEPT:
+                self._accepted(connection, messages.unpack(Accept, payload), now)
+            elif kind == Type.RESUMED:
+                self._resumed(connection, messages.unpack(Resumed, payload), now)
+            elif kind == Type.CLOSE:
+                self._take_over(connection, now)
+                self._close(messages.unpack(Close, payload))
+            elif kind == Type.ERROR:
+                self._refused(connection, messages.unpack(messages.Error, payload), now)
+        elif handle == 0:
+            self._connection_frame(connection, kind, payload, now)
+
+    def _connection_frame(self, connection: _Connection, kind: int, payload: bytes, now: int) -> None:
+        if kind == Type.PING:
+            connection.link.send(Type.PONG, 0, 0, payload)
+        elif kind == Type.PONG:
+            if len(payload) == 8:
+                self._vitals.answered(int.from_bytes(payload, "big"), now)
+                if connection is self._active and self._race.running and not self._asking():
+                    self._well(int.from_bytes(payload, "big"))
+        elif kind == Type.ERROR:
+            error = messages.unpack(messages.Error, payload)
+            self._drop(connection)
+            if connection is self._active:
+                self._active = None
+                self._suspect(now, error.message)
+            else:
+                self._refused(connection, error, now)
+            if error.retry_after is not None:
+                self._race.wait(now, error.retry_after)
+
+    def _asking(self) -> bool:
+        return any(c.asked >= 0 for c in self._connections.values() if c is not self._active)
+
+    def _ping(self, connection: _Connection, now: int) -> None:
+        connection.link.send(Type.PING, 0, 0, now.to_bytes(8, "big"))
+        self._vitals.asked(now)
+
+    def _well(self, stamp: int) -> None:
+        """The suspect connection answered a PING sent since, before another one was asked for: it stays."""
+        if stamp < self._suspected:
+            return
+        for other in list(self._connections.values()):
+            if other is not self._active:
+                self._drop(other)
+        self._race.end()
+        self._events.append(Trouble(None, ""))
+
+    def _session_frame(self, connection: _Connection, kind: int, seq: int, payload: bytes, now: int) -> None:
+        if kind == _DATA:
+            self._vitals.traffic(now)
+            new = self.intake.receive(kind, seq, payload)
+            if new is not None:
+                end = self.intake.next
+                self._events.append(Output(new, end, end <= self._replay_until))
+        elif kind == _ACK:
+            if len(payload) == 8 and self.input.acknowledge(int.from_bytes(payload, "big")) and self._full:
+                self._full = False
+                self._events.append(Roomy())
+        elif kind == Type.SNAPSHOT:
+            self._snapshot(messages.unpack(messages.Snapshot, payload))
+        elif kind == Type.CLOSE:
+            self._close(messages.unpack(Close, payload))
+        elif kind == Type.SUSPEND:
+            if self._leaving:
+                self._drop(connection)
+                self._finish(Suspended())
+        elif kind == Type.EVENT:
+            event = messages.unpack(messages.Event, payload)
+            if event.kind == "uncertain" and event.start is not None and event.end is not None:
+                self._events.append(Uncertain(event.start, event.end))
+            else:
+                self._events.append(Notice(event))
+        elif kind == Type.ERROR:
+            self._active = None
+            connection.asked = -1
+            self._refused(connection, messages.unpack(messages.Error, payload), now)
+
+    def _accepted(self, connection: _Connection, accept: Accept, now: int) -> None:
+        self.uid, self.log, self.epoch = accept.uid, accept.log, accept.epoch
+        self.intake.skip(accept.output)
+        self._replay_until = accept.head
+        self._take_over(connection, now)
+        self._events.append(Opened(accept))
+        self._send_input(now)
+
+    def _resumed(self, connection: _Connection, resumed: Resumed, now: int) -> None:
+        self._take_over(connection, now)
+        self.epoch, self.log = resumed.epoch, resumed.log
+        self._replay_until = resumed.head
+        if resumed.lost is not None and not resumed.snapshot:
+            self._gap(resumed.lost, resumed.output)
+        elif resumed.output != self.intake.next:
+            self.intake.skip(resumed.output)
+        self.intake.told(self.intake.handled)
+        if resumed.input is None:
+            if self.input.end > self.input.base:
+                self._events.append(Uncertain(self.input.base, self.input.end))
+        else:
+            self.input.rewind(resumed.input)
+            if self._full and self.input.room:
+                self._full = False
+                self._events.append(Roomy())
+            self._send_input(now)
+
+    def _gap(self, lost: Lost, position: int) -> None:
+        self._events.append(Gap(lost.start, lost.end))
+        self.intake.skip(position)
+
+    def _snapshot(self, part: messages.Snapshot) -> None:
+        """Collects what repaints the screen; it moves our place in the output."""
+        if part.part == 0:
+            self._parts = []
+            if part.lost is not None:
+                self._events.append(Gap(part.lost.start, part.lost.end))
+        self._parts.append(part.data)
+        if sum(map(len, self._parts)) > limits.SNAPSHOT_MAX_BYTES:
+            raise ProtocolError(Code.TOO_LARGE, "a snapshot is too large")
+        if part.last:
+            data, self._parts = b"".join(self._parts), []
+            self.intake.skip(part.position)
+            if data:
+                self._events.append(Screen(data, part.position, part.zstd))
+
+    def _close(self, close: Close) -> None:
+        self._events.append(Ended(close))
+
+    def _refused(self, connection: _Connection, error: messages.Error, now: int) -> None:
+        """Deals with an ERROR: again with better numbers, again later, or never."""
+        code = Code(error.code) if error.code in Code._value2member_map_ else Code.INTERNAL
+        if code == Code.STALE and error.value is not None:
+            self._raise_counter(error.value)
+            self._race_id = b""
+            self._ask(connection, now)
+        elif code == Code.RESYNC and self.uid:
+            self._race_id = b""
+            self._ask(connection, now)
+        elif code == Code.SUPERSEDED:
+            self._drop(connection)
+            if not self._asking():
+                self._race_id = b""
+                self._suspect(now, error.message)
+        elif code in _FATAL:
+            self._drop(connection)
+            self._fail(
+                RefusedError(code, error.message, retry_after=error.retry_after, address=error.address, value=error.value)
+            )
+        else:
+            self._drop(connection)
+            self._suspect(now, error.message)
+            self._race.wait(now, error.retry_after or 1.0)
+
+    def _fail(self, error: RefusedError) -> None:
+        self._finish(Failed(error))
+
+    def _finish(self, event: Event) -> None:
+        self._events.append(event)
+        self._ended = True
+        self._active = None
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+
+    # ---- streams -----------------------------------------------------------------------------------------------
+
+    def _send_input(self, now: int) -> None:
+        connection = self._active
+        if connection is None:
+            return
+        items = self.input.take()
+        if items:
+            self._vitals.traffic(now)
+        for kind, position, payload in items:
+            connection.link.send(kind, connection.handle, position, payload)
+        if items:
+            self._acknowledge(now, True)
+
+    def _acknowledge(self, now: int, joining: bool) -> None:
+        connection = self._active
+        if connection is None:
+            return
+        ack = self.intake.acknowledgement(now, joining)
+        if ack is not None:
+            connection.link.send(_ACK, connection.handle, ack, ack.to_bytes(8, "big"))

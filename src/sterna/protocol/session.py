@@ -1,0 +1,718 @@
+"""The node's side of one session: attachments, pace, replay and the way to the pod (docs/protocol.md, sections 2 to 5).
+
+Sans-IO: bytes go to `Link`s, output goes to an output log that is handed in, time is passed in. What the node has to do
+beyond that (store, announce, forget) stands in `events`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from sterna import limits
+from sterna.errors import Code, ProtocolError, StorageError
+from sterna.ids import AttachmentId, DeviceId, SessionUid
+from sterna.protocol import messages
+from sterna.protocol.frame import Type, expand
+from sterna.protocol.link import Link
+from sterna.protocol.messages import Kind, LaneState, Lost, Mode
+from sterna.protocol.states import Cause, State, step
+from sterna.protocol.stream import Intake
+from sterna.units import SECOND
+
+_DATA = int(Type.DATA)
+_ACK = int(Type.ACK)
+_STILL = limits.STILL_SECONDS * SECOND
+
+
+class OutputLog(Protocol):
+    """What the machine needs of a session's durable output."""
+
+    @property
+    def tail(self) -> int:
+        """The oldest position that can still be read."""
+
+    @property
+    def end(self) -> int:
+        """The next position."""
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Adds bytes; StorageError when they could not be kept."""
+
+    def read(self, position: int, limit: int) -> bytes:
+        """Returns at most `limit` bytes from `position`."""
+
+
+class PodPort(Protocol):
+    """One session's place on a connection to its pod."""
+
+    link: Link
+    handle: int
+    features: frozenset[str]
+
+    def lane_handle(self, session: Session, lane: Lane) -> int:
+        """Returns a new handle on the pod's connection whose frames are this lane's."""
+
+
+class Lane:
+    """One attachment's input on its way to the pod; it outlives connections.
+
+    `next` is the position wanted next from the client, `handled` what the pod acknowledged, `handle` its handle on the
+    pod's connection (0: none).
+    """
+
+    __slots__ = ("attachment", "handle", "handled", "id", "next", "used")
+
+    def __init__(self, attachment_id: AttachmentId, handled: int = 0) -> None:
+        self.id = attachment_id
+        self.handle = 0
+        self.handled = self.next = handled
+        self.attachment: Attachment | None = None
+        self.used = 0
+
+
+class Attachment:
+    """One client process or browser tab, connected now.
+
+    `cursor` is the next output position to send, `acked` what the client has handled; `waiting` holds output back until
+    a snapshot came; `laggard` means that it no longer paces the agent. `answers` says that a terminal is there.
+    """
+
+    __slots__ = (
+        "acked", "answers", "closing", "cols", "cursor", "device", "exact", "handle", "id", "label", "lane", "laggard",
+        "link", "lost", "mode", "progress", "resync", "rows", "session", "waiting", "window",
+    )  # fmt: skip
+
+    def __init__(
+        self, attachment_id: AttachmentId, link: Link, handle: int, device: DeviceId, mode: Mode, label: str
+    ) -> None:
+        self.id = attachment_id
+        self.link = link
+        self.handle = handle
+        self.device = device
+        self.mode: Mode = mode
+        self.label = label
+        self.exact = False
+        self.answers = False
+        self.cols = self.rows = 0
+        self.cursor = self.acked = 0
+        self.window = limits.WINDOW_BYTES
+        self.waiting = self.laggard = self.resync = self.closing = False
+        self.progress = 0
+        self.lost: Lost | None = None
+        self.lane: Lane | None = None
+        self.session: Session | None = None
+
+
+class Ended:
+    """How a session's program ended: exit code or signal number, or neither when the agent was lost."""
+
+    __slots__ = ("code", "reason", "signal", "status")
+
+    def __init__(self, code: Code, reason: str, status: int | None = None, signal: int | None = None) -> None:
+        self.code = code
+        self.reason = reason
+        self.status = status
+        self.signal = signal
+
+
+class Session:
+    """One session as its node sees it.
+
+    `events` collects what the node must act on: "exited", "closed", "storage". `overwrite` False holds the agent when nobody
+    is attached and the log is full of unread output. `spare` makes the log that takes over when the disk fails.
+    """
+
+    __slots__ = (
+        "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final", "id", "intake", "kind", "lanes", "lanes_known", "log",
+        "log_id", "name", "overwrite", "port", "read_to", "spare", "state", "tenant", "typist", "uid",
+    )  # fmt: skip
+
+    def __init__(
+        self, uid: SessionUid, log: OutputLog, *, log_id: int, kind: Kind, tenant: str, agent: str, name: str, number: int = 0
+    ) -> None:
+        self.id = number
+        self.uid = uid
+        self.log = log
+        self.log_id = log_id
+        self.kind: Kind = kind
+        self.tenant = tenant
+        self.agent = agent
+        self.name = name
+        self.epoch = 1
+        self.state = State.CONNECTING
+        self.overwrite = True
+        self.spare: Callable[[OutputLog], OutputLog] | None = None
+        self.read_to = log.tail
+        self.intake = Intake(log.end)
+        self.lanes: dict[AttachmentId, Lane] = {}
+        self.lanes_known = False
+        self.attachments: dict[AttachmentId, Attachment] = {}
+        self.port: PodPort | None = None
+        self.typist: Attachment | None = None
+        self.ended: Ended | None = None
+        self.events: list[str] = []
+        self.final = b""
+        self._captures: dict[int, Attachment] = {}
+        self._token = 0
+        self._read = False  # a driver has had all output and the end
+
+    # ---- the pod -----------------------------------------------------------------------------------------------
+
+    def pod_opened(self, port: PodPort, opened: messages.Opened, now: int) -> None:
+        """Takes the session up at a pod that has it: its lanes are the truth about input.
+
+        Raises ProtocolError (`GAP`) when the pod no longer has output that the log lacks; the caller then begins a new log.
+        """
+        if opened.base > self.log.end or opened.next < self.log.end:
+            raise ProtocolError(Code.GAP, f"the agent has output {opened.base} to {opened.next}, the log ends at {self.log.end}")
+        self.port = port
+        self.lanes_known = True
+        known = {AttachmentId(lane.attachment): lane.next for lane in opened.lanes}
+        for lane_id, handled in known.items():
+            lane = self.lanes.get(lane_id) or self.lanes.setdefault(lane_id, Lane(lane_id))
+            self._lane_truth(lane, handled)
+        for lane_id in [i for i in self.lanes if i not in known and self.lanes[i].attachment is None]:
+            del self.lanes[lane_id]
+        self.intake.skip(self.log.end)
+        self.state = step(self.state, Cause.OPENED)
+        if self.attachments:
+            self.state = step(self.state, Cause.ATTACHED)
+        for attachment in list(self.attachments.values()):
+            if attachment.lane is not None and attachment.lane.id not in known:
+                self._lane_truth(attachment.lane, 0)
+            if attachment.resync:
+                self._end(attachment, Code.RESYNC, "The agent's connection was renewed; resume.")
+            elif attachment.waiting and self._can_capture():
+                self._capture(attachment)
+            elif attachment.waiting:
+                self._no_snapshot(attachment, now)
+        if not self.attachments:
+            self.state = step(self.state, Cause.DETACHED)
+        self._audience()
+        self.pace(now)
+
+    def _lane_truth(self, lane: Lane, handled: int) -> None:
+        """Sets a lane to what the pod has handled; input forwarded beyond that is the client's to send again."""
+        attachment = lane.attachment
+        if attachment is not None and lane.next != handled:
+            attachment.resync = True
+        elif attachment is not None and lane.handled != handled:
+            # The pod acknowledged this on the connection that was lost.
+            attachment.link.send(_ACK, attachment.handle, handled, handled.to_bytes(8, "big"))
+        lane.handled = lane.next = handled
+        lane.handle = 0
+        if attachment is not None and attachment.mode == "drive":
+            self._open_lane(lane)
+
+    def pod_gone(self) -> None:
+        """Notes that the connection to the pod is lost; whether the agent is, shows when it comes back or not."""
+        self.port = None
+        self.lanes_known = False
+        for lane in self.lanes.values():
+            lane.handle = 0
+        # Who waits for a snapshot goes on waiting: it is asked for again when the pod is back.
+        self._captures.clear()
+
+    def pod_data(self, seq: int, payload: bytes, now: int) -> None:
+        """Takes output: journal first, then the clients, then the acknowledgement to the pod."""
+        new = self.intake.receive(_DATA, seq, payload)
+        if new is None:
+            return
+        log = self.log
+        position = log.end
+        try:
+            log.append(new)
+        except StorageError:
+            if self.spare is None:
+                self.intake.skip(position)  # nothing was taken; the pod sends it again
+                raise
+            # The disk is full or failing: the session goes on in memory, and says so.
+            log = self.log = self.spare(log)
+            log.append(new)
+            self.events.append("storage")
+            self._tell(messages.Event("storage"))
+        end = position + len(new)
+        for attachment in list(self.attachments.values()):
+            if (
+                attachment.cursor == position
+                and end - attachment.acked <= attachment.window
+                and not (attachment.waiting or attachment.link.blocked)
+            ):
+                attachment.link.send(_DATA, attachment.handle, position, new)
+                if attachment.acked == position:
+                    attachment.progress = now
+                attachment.cursor = end
+            else:
+                self.push(attachment, now)
+        self.pace(now)
+
+    def pod_ack(self, lane: Lane, payload: bytes) -> None:
+        """Forwards exactly what the pod has handled of one lane."""
+        position = int.from_bytes(payload, "big")
+        if position < lane.handled:
+            return
+        lane.handled = position
+        # What the pod had in hand when its connection was lost is acknowledged on the next one.
+        lane.next = max(lane.next, position)
+        attachment = lane.attachment
+        if attachment is not None:
+            attachment.link.send(_ACK, attachment.handle, position, payload)
+
+    def pod_snapshot(self, part: messages.Snapshot, now: int) -> None:
+        """Passes one part of a snapshot on to the attachment that waits for it."""
+        if part.token == 0:
+            self._take_final(part)
+            return
+        attachment = self._captures.get(part.token)
+        if attachment is None:
+            return
+        lost = None
+        if part.part == 0 and attachment.lost is not None:
+            lost = Lost(attachment.lost.start, max(part.position, attachment.lost.start))
+        attachment.link.send_message(
+            Type.SNAPSHOT,
+            attachment.handle,
+            messages.Snapshot(part.position, part.part, part.last, part.zstd, part.data, lost),
+        )
+        if part.last:
+            del self._captures[part.token]
+            attachment.waiting = False
+            attachment.lost = None
+            attachment.cursor = attachment.acked = max(part.position, attachment.cursor)
+            attachment.progress = now
+            self.push(attachment, now)
+            self.pace(now)
+
+    def _take_final(self, part: messages.Snapshot) -> None:
+        """Collects the last screen of a program that ended, for who attaches later."""
+        if part.part == 0:
+            self.final = b""
+        # One that is too large, or whose beginning was not kept, is of no use.
+        if part.part == 0 or self.final:
+            self.final += part.data
+        if len(self.final) > limits.FINAL_MAX_BYTES:
+            self.final = b""
+
+    def pod_exit(self, exit_: messages.Exit, now: int) -> None:
+        """Notes that the program ended, after all of its output."""
+        for state in exit_.lanes:
+            lane = self.lanes.get(AttachmentId(state.attachment))
+            if lane is not None and lane.handled < state.next:
+                self.pod_ack(lane, state.next.to_bytes(8, "big"))
+        self.finish(Ended(Code.ENDED, "The program ended.", exit_.status, exit_.signal), Cause.EXIT, now)
+
+    def agent_lost(self, now: int, reason: str) -> None:
+        """Ends the session because its agent is gone: uncertain input is named, nothing is repeated."""
+        for lane in self.lanes.values():
+            if lane.attachment is not None and lane.next > lane.handled:
+                event = messages.Event("uncertain", start=lane.handled, end=lane.next)
+                lane.attachment.link.send_message(Type.EVENT, lane.attachment.handle, event)
+        self.finish(Ended(Code.AGENT_LOST, reason), Cause.LOST, now)
+
+    def finish(self, ended: Ended, cause: Cause, now: int) -> None:
+        """Moves to `exited`: what is left of the output still goes out, then CLOSE."""
+        after = step(self.state, cause)
+        if after is self.state:
+            return
+        self.state = after
+        self.ended = ended
+        self._captures.clear()
+        self.events.append("exited")
+        for attachment in list(self.attachments.values()):
+            if attachment.waiting:
+                self._no_snapshot(attachment, now)
+            else:
+                self.push(attachment, now)
+
+    def release(self) -> None:
+        """Tells the pod that it may forget an ended session, once the end is stored."""
+        if self.port is not None:
+            self.port.link.send_message(Type.CLOSE, self.port.handle, messages.Close(reason="stored"))
+            self.port = None
+
+    # ---- attachments -------------------------------------------------------------------------------------------
+
+    def attach(self, attachment: Attachment, now: int, *, output: int | None, node: bytes, created: bool) -> None:
+        """Adds a new attachment: ACCEPT, then history as asked for (`output`, a snapshot, or the oldest kept)."""
+        lane = self._join(attachment, now)
+        log = self.log
+        start = log.tail if output is None else min(max(output, log.tail), log.end)
+        fresh = not attachment.exact and output is None and log.end > 0
+        final = self.final if fresh and self.ended is not None else b""
+        snapshot = bool(final) or (fresh and self._can_capture())
+        attachment.cursor = attachment.acked = start
+        accept = messages.Accept(
+            uid=self.uid, log=self.log_id, kind=self.kind, epoch=self.epoch, node=node, name=self.name, agent=self.agent,
+            output=start, input=lane.handled, window=attachment.window, keepalive=limits.KEEPALIVE_SECONDS, created=created,
+            snapshot=snapshot, mode=attachment.mode, state=self.state.value, head=log.end,
+        )  # fmt: skip
+        attachment.link.send_message(Type.ACCEPT, attachment.handle, accept)
+        if final:
+            self._send_final(attachment)
+        elif snapshot:
+            self._capture(attachment)
+        self._settle(attachment, now)
+
+    def _send_final(self, attachment: Attachment) -> None:
+        """Paints the last screen of an ended program instead of its history."""
+        data, end, step = self.final, self.log.end, limits.SNAPSHOT_PART_BYTES
+        for at in range(0, len(data), step):
+            part = messages.Snapshot(end, at // step, at + step >= len(data), True, data[at : at + step])
+            attachment.link.send_message(Type.SNAPSHOT, attachment.handle, part)
+        attachment.cursor = attachment.acked = end
+
+    def resume(self, attachment: Attachment, body: messages.ResumeBody, now: int) -> None:
+        """Brings an attachment back after its proof was checked; the connection it had is displaced now."""
+        gone = attachment.id not in self.lanes and self.ended is not None
+        lane = self._join(attachment, now)
+        log, output = self.log, body.output
+        lost: Lost | None = None
+        if body.log != self.log_id or output > log.end:
+            lost, output = Lost(output, max(log.tail, output)), log.tail
+        elif output < log.tail:
+            lost, output = Lost(output, log.tail), log.tail
+        snapshot = lost is not None and not attachment.exact and self._can_capture()
+        attachment.cursor = attachment.acked = output
+        attachment.lost = lost if snapshot else None
+        resumed = messages.Resumed(
+            epoch=self.epoch, log=self.log_id, output=output, input=None if gone else lane.handled, lost=lost,
+            snapshot=snapshot, state=self.state.value, head=log.end,
+        )  # fmt: skip
+        attachment.link.send_message(Type.RESUMED, attachment.handle, resumed)
+        lane.next = max(lane.handled, lane.next)
+        if snapshot:
+            self._capture(attachment)
+        self._settle(attachment, now)
+
+    def _join(self, attachment: Attachment, now: int) -> Lane:
+        """Registers an attachment and opens its lane at the pod; the connection it had is displaced."""
+        old = self.attachments.get(attachment.id)
+        if old is not None:
+            self._end(old, Code.DISPLACED, "This attachment was resumed on another connection.", notify=False)
+        self.attachments[attachment.id] = attachment
+        attachment.session = self
+        attachment.progress = now
+        lane = self.lanes.get(attachment.id)
+        if lane is None:
+            if len(self.lanes) >= limits.LANES_MAX:
+                idle = [known for known in self.lanes.values() if known.attachment is None]
+                if idle:
+                    gone = min(idle, key=lambda known: known.used)
+                    del self.lanes[gone.id]
+                    if self.port is not None and gone.handle:
+                        self.port.link.send_message(Type.CLOSE, gone.handle, messages.Close(reason="forgotten"))
+            lane = self.lanes[attachment.id] = Lane(attachment.id)
+        lane.used = now
+        lane.attachment = attachment
+        attachment.lane = lane
+        if self.port is not None and not lane.handle and attachment.mode == "drive":
+            self._open_lane(lane)
+        self.state = step(self.state, Cause.ATTACHED)
+        return lane
+
+    def _open_lane(self, lane: Lane) -> None:
+        port = self.port
+        if port is not None:
+            lane.handle = port.lane_handle(self, lane)
+            port.link.send_message(Type.LANE, lane.handle, messages.Lane(self.uid, lane.id, lane.handled))
+
+    def _settle(self, attachment: Attachment, now: int) -> None:
+        """Ends an attach or resume: who arrives counts as the typist, is told of the end if there was one, and is fed."""
+        if attachment.mode == "drive" and attachment.answers:
+            self._typing(attachment)
+        self._audience()
+        self._announce("joined", attachment)
+        self.push(attachment, now)
+        self.pace(now)
+
+    def detach(self, attachment: Attachment, now: int) -> None:
+        """Removes an attachment whose connection is gone or that said SUSPEND; its lane stays."""
+        if self.attachments.get(attachment.id) is not attachment:
+            return
+        del self.attachments[attachment.id]
+        self._forget(attachment)
+        if not self.attachments:
+            self.state = step(self.state, Cause.DETACHED)
+        self._announce("left", attachment)
+        self._audience()
+        self.pace(now)
+
+    def _forget(self, attachment: Attachment) -> None:
+        attachment.session = None
+        self.read_to = max(self.read_to, attachment.acked)
+        if attachment.lane is not None and attachment.lane.attachment is attachment:
+            attachment.lane.attachment = None
+        for token in [t for t, waiting in self._captures.items() if waiting is attachment]:
+            del self._captures[token]
+        if self.typist is attachment:
+            self.typist = None
+
+    def _end(self, attachment: Attachment, code: Code, reason: str, *, notify: bool = True) -> None:
+        """Ends one attachment from our side; the session goes on."""
+        if self.attachments.get(attachment.id) is attachment:
+            del self.attachments[attachment.id]
+        self._forget(attachment)
+        attachment.link.refuse(attachment.handle, code, reason)
+        if notify:
+            self._announce("left", attachment)
+
+    def displace(self, keep: Attachment | None, code: Code, reason: str, now: int) -> None:
+        """Ends all attachments but `keep` (attach -d, a revoked device, a close)."""
+        for attachment in list(self.attachments.values()):
+            if attachment is not keep:
+                self._end(attachment, code, reason)
+        if not self.attachments:
+            self.state = step(self.state, Cause.DETACHED)
+        self._audience()
+        self.pace(now)
+
+    def drop(self, attachment: Attachment, code: Code, reason: str, now: int) -> None:
+        """Ends one attachment with an ERROR of its own."""
+        self._end(attachment, code, reason)
+        if not self.attachments:
+            self.state = step(self.state, Cause.DETACHED)
+        self._audience()
+        self.pace(now)
+
+    # ---- what clients send -------------------------------------------------------------------------------------
+
+    def client_input(self, attachment: Attachment, kind: int, seq: int, payload: bytes, now: int) -> None:
+        """Forwards DATA, SIGNAL or EOF to the pod; what was forwarded before is dropped, a gap is an error."""
+        if attachment.mode != "drive":
+            attachment.link.refuse(attachment.handle, Code.READ_ONLY, "This attachment may only watch.")
+            self.detach(attachment, now)
+            return
+        lane, port = attachment.lane, self.port
+        assert lane is not None
+        if port is None or not lane.handle or self.ended is not None:
+            attachment.resync = self.ended is None
+            return
+        position = expand(seq, lane.next)
+        size = len(payload) if kind == _DATA else 1
+        if position > lane.next:
+            self.drop(attachment, Code.GAP, f"Input {lane.next} to {position} is missing.", now)
+            return
+        if position + size <= lane.next:
+            return
+        if position - lane.handled + size > limits.WINDOW_BYTES:
+            self.drop(attachment, Code.LIMIT, "More input was sent than the window allows.", now)
+            return
+        if position < lane.next:
+            payload = payload[lane.next - position :]
+            position = lane.next
+            size = len(payload)
+        if self.typist is not attachment and attachment.answers:
+            self._typing(attachment)
+        lane.next = position + size
+        port.link.send(kind, lane.handle, position, payload)
+        ack = self.intake.acknowledgement(now, True)
+        if ack is not None:
+            port.link.send(_ACK, port.handle, ack, ack.to_bytes(8, "big"))
+
+    def client_ack(self, attachment: Attachment, payload: bytes, now: int) -> None:
+        """Notes what a client has handled, which opens its window and, if it paces, the agent's."""
+        position = int.from_bytes(payload, "big")
+        if not attachment.acked < position <= attachment.cursor:
+            return
+        attachment.acked = position
+        attachment.progress = now
+        attachment.laggard = False
+        if attachment.cursor < self.log.end:
+            self.push(attachment, now)
+        self.pace(now)
+
+    def client_resize(self, attachment: Attachment, cols: int, rows: int) -> None:
+        """Notes a terminal's size; the last typist's is the program's."""
+        attachment.cols, attachment.rows = cols, rows
+        if attachment.mode == "drive" and (self.typist is attachment or self.typist is None):
+            self.typist = attachment
+            self._size(attachment)
+
+    def client_close(self, attachment: Attachment, now: int) -> None:
+        """Takes CLOSE: the end of a living session, or the receipt for the CLOSE of an ended one."""
+        if self.ended is not None:
+            self._read |= attachment.mode == "drive" and attachment.cursor >= self.log.end
+            if self._read and len(self.attachments) == 1:
+                self.close(Cause.READ, now)
+            else:
+                self.detach(attachment, now)  # others still read
+            return
+        if attachment.mode != "drive":
+            attachment.link.refuse(attachment.handle, Code.READ_ONLY, "This attachment may only watch.")
+            return
+        self.close(Cause.CLOSE, now)
+
+    def close(self, cause: Cause, now: int) -> None:
+        """Ends the session for good; the pod ends the program, every attachment gets CLOSE."""
+        after = step(self.state, cause)
+        if after is not State.CLOSED:
+            return
+        port = self.port
+        if port is not None:
+            port.link.send_message(Type.CLOSE, port.handle, messages.Close(reason=cause.value))
+        if self.ended is None:
+            self.ended = Ended(Code.ENDED, "The session was closed.")
+        self.state = after
+        for attachment in list(self.attachments.values()):
+            if not attachment.closing:
+                attachment.link.send_message(Type.CLOSE, attachment.handle, self._farewell())
+            self._forget(attachment)
+        self.attachments.clear()
+        self.port = None
+        self.events.append("closed")
+
+    # ---- output ------------------------------------------------------------------------------------------------
+
+    def push(self, attachment: Attachment, now: int) -> None:
+        """Sends what the attachment's window and connection take; a full ring behind costs it a named gap."""
+        log, link = self.log, attachment.link
+        while not (attachment.waiting or link.blocked):
+            cursor, end = attachment.cursor, log.end
+            if cursor < log.tail:
+                self._gap(attachment, now)
+                continue
+            if cursor >= end:
+                if self.ended is not None and not attachment.closing:
+                    attachment.closing = True
+                    link.send_message(Type.CLOSE, attachment.handle, self._farewell())
+                return
+            room = attachment.acked + attachment.window - cursor
+            if room <= 0:
+                return
+            data = log.read(cursor, min(limits.CHUNK_BYTES, room))
+            if attachment.acked == cursor:
+                attachment.progress = now
+            link.send(_DATA, attachment.handle, cursor, data)
+            attachment.cursor = cursor + len(data)
+
+    def _gap(self, attachment: Attachment, now: int) -> None:
+        """Names what the ring has overwritten before the attachment read it; a snapshot stands for it where one can be had."""
+        lost = Lost(attachment.cursor, self.log.tail)
+        if not attachment.exact and self._can_capture():
+            attachment.lost = lost
+            self._capture(attachment)
+            return
+        position = self.log.tail
+        attachment.link.send_message(Type.SNAPSHOT, attachment.handle, messages.Snapshot(position, lost=lost))
+        attachment.cursor = attachment.acked = position
+        attachment.progress = now
+
+    def _no_snapshot(self, attachment: Attachment, now: int) -> None:
+        """Goes on without the snapshot that was promised: an empty one names what is missing."""
+        position = max(attachment.cursor, self.log.tail)
+        start = attachment.cursor if attachment.lost is None else attachment.lost.start
+        lost = Lost(start, position) if start < position else None
+        attachment.link.send_message(Type.SNAPSHOT, attachment.handle, messages.Snapshot(position, lost=lost))
+        attachment.waiting, attachment.lost = False, None
+        attachment.cursor = attachment.acked = position
+        attachment.progress = now
+        self.push(attachment, now)
+
+    def _can_capture(self) -> bool:
+        return self.port is not None and self.ended is None and "snapshot" in self.port.features
+
+    def _capture(self, attachment: Attachment) -> None:
+        port = self.port
+        assert port is not None
+        self._token += 1
+        self._captures[self._token] = attachment
+        attachment.waiting = True
+        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token))
+
+    def _farewell(self) -> messages.Close:
+        ended = self.ended
+        assert ended is not None
+        return messages.Close(int(ended.code), ended.reason, ended.status, ended.signal, self.log.end)
+
+    # ---- pace --------------------------------------------------------------------------------------------------
+
+    def pacer(self) -> Attachment | None:
+        """Returns who sets the agent's pace: the most advanced exact driver, else the last typist, else the fastest driver."""
+        best: Attachment | None = None
+        for attachment in self.attachments.values():
+            if attachment.mode != "drive" or attachment.laggard or attachment.waiting:
+                continue
+            if best is None or _rank(attachment, self.typist) > _rank(best, self.typist):
+                best = attachment
+        return best
+
+    def pace(self, now: int) -> None:
+        """Acknowledges the agent's output as far as whoever paces it has been sent it."""
+        port = self.port
+        if port is None:
+            return
+        attachments = self.attachments
+        end = self.log.end
+        if not attachments:
+            limit = end if self.overwrite else min(end, self.read_to + limits.RING_BYTES // 2)
+        else:
+            leader = self.pacer()
+            if leader is None:
+                limit = end
+            else:
+                limit = min(leader.cursor, end)
+                if limit < end and now - leader.progress >= _STILL:
+                    leader.laggard = True
+                    self.pace(now)
+                    return
+        intake = self.intake
+        intake.handle(limit, now)
+        ack = intake.acknowledgement(now, False)
+        if ack is not None:
+            port.link.send(_ACK, port.handle, ack, ack.to_bytes(8, "big"))
+
+    def next_timeout(self) -> int | None:
+        """Returns when `handle_timeout` wants to be called, in monotonic nanoseconds, or None."""
+        due = self.intake.timeout() if self.port is not None else None
+        if self.port is not None and self.attachments:
+            leader = self.pacer()
+            if leader is not None and leader.cursor < self.log.end:
+                still = leader.progress + _STILL
+                due = still if due is None else min(due, still)
+        return due
+
+    def handle_timeout(self, now: int) -> None:
+        """Does what is due: a lazy acknowledgement, or a driver that stands still loses the pace."""
+        self.pace(now)
+
+    # ---- presence, size ----------------------------------------------------------------------------------------
+
+    def _typing(self, attachment: Attachment) -> None:
+        self.typist = attachment
+        self._size(attachment)
+        terminals = [other for other in self.attachments.values() if other.answers]
+        if len(terminals) > 1:
+            for other in terminals:
+                event = messages.Event("typist", count=int(other is attachment))
+                other.link.send_message(Type.EVENT, other.handle, event)
+
+    def _size(self, attachment: Attachment) -> None:
+        port = self.port
+        if port is not None and attachment.cols and attachment.rows:
+            port.link.send_message(Type.RESIZE, port.handle, messages.Resize(attachment.cols, attachment.rows))
+
+    def _audience(self) -> None:
+        port = self.port
+        if port is not None and self.kind == "pty":
+            terminals = sum(1 for a in self.attachments.values() if a.answers and a.mode == "drive")
+            port.link.send_message(Type.AUDIENCE, port.handle, messages.Audience(terminals))
+
+    def _announce(self, what: str, who: Attachment) -> None:
+        for attachment in self.attachments.values():
+            if attachment is not who and not attachment.link.blocked:
+                event = messages.Event(what, label=who.label, device=who.device.hex()[:16], count=len(self.attachments))
+                attachment.link.send_message(Type.EVENT, attachment.handle, event)
+
+    def _tell(self, event: messages.Event) -> None:
+        for attachment in self.attachments.values():
+            attachment.link.send_message(Type.EVENT, attachment.handle, event)
+
+    def lane_states(self) -> list[LaneState]:
+        """Returns what the pod has handled of each lane, to be kept with an ended session."""
+        return [LaneState(lane.id, lane.handled) for lane in self.lanes.values()]
+
+
+def _rank(attachment: Attachment, typist: Attachment | None) -> tuple[bool, bool, int]:
+    """Orders drivers: exact ones first, then the typist, then by how far they are."""
+    return attachment.exact, not attachment.exact and attachment is typist, attachment.cursor

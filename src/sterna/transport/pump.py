@@ -1,0 +1,291 @@
+"""The one driver between a socket and a `Link`: reads, writes, TLS handshake, orderly close.
+
+It works on any asyncio loop through `add_reader`/`add_writer` with non-blocking sockets; a TLS socket is an
+`ssl.SSLSocket`, which costs 15 KiB per connection and one system call per record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Protocol
+
+from sterna import limits
+from sterna.protocol.link import Link
+
+READ_BYTES = 256 * 1024
+_RECORD_BYTES = 16 * 1024
+_BUDGET_BYTES = READ_BYTES - _RECORD_BYTES
+_LINGER_SECONDS = 1.0
+_READ_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Owner(Protocol):
+    """Who deals with what a pump brings."""
+
+    def received(self, pump: Pump, data: memoryview) -> None:
+        """Takes bytes; the view is only valid during the call."""
+
+    def drained(self, pump: Pump) -> None:
+        """Learns that a blocked connection takes bulk data again."""
+
+    def ended(self, pump: Pump, reason: str) -> None:
+        """Learns, once, that the connection is over."""
+
+
+class Reactor:
+    """What the pumps of one loop share: the read buffer and the list of those with something to send.
+
+    Frames that one event causes on any number of connections go out together at its end, one write per connection.
+    """
+
+    __slots__ = ("_active", "_dirty", "_scheduled", "buffer", "loop", "view")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.buffer = bytearray(READ_BYTES)
+        self.view = memoryview(self.buffer)
+        self._dirty: list[Pump] = []
+        self._active = False
+        self._scheduled = False
+
+    def mark(self, pump: Pump) -> None:
+        """Notes that a pump has something to send; it goes out when the current event is dealt with."""
+        self._dirty.append(pump)
+        if not self._active and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._soon)
+
+    def _soon(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what all marked pumps have."""
+        dirty = self._dirty
+        while dirty:
+            batch = dirty[:]
+            dirty.clear()
+            for pump in batch:
+                pump.flush()
+
+    def run(self, callback: Callable[..., None], *args: object) -> None:
+        """Runs a callback as one event: what it queues goes out at its end."""
+        outer, self._active = self._active, True
+        try:
+            callback(*args)
+        finally:
+            self._active = outer
+            if not outer and self._dirty:
+                self.flush()
+
+
+class Pump:
+    """Drives one socket for one link; `peer` is the other side's address or uid, for logs and limits."""
+
+    __slots__ = (
+        "_closed", "_fd", "_handshake", "_marked", "_pending", "_reactor", "_sock", "_timer", "_writing", "data", "link",
+        "owner", "peer", "tls",
+    )  # fmt: skip
+
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "", handshake: bool = False
+    ) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._fd = sock.fileno()
+        self.link = link
+        self.owner = owner
+        self.peer = peer
+        self.tls = isinstance(sock, ssl.SSLSocket)
+        self.data: object = None
+        self._handshake = handshake
+        self._pending: memoryview | None = None
+        self._writing = self._closed = self._marked = False
+        self._timer: asyncio.TimerHandle | None = None
+        link.wake = self._wake
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, to be looked at, not to be read or written."""
+        return self._sock
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._closed
+
+    def start(self) -> None:
+        """Begins to read."""
+        self._reactor.loop.add_reader(self._fd, self._readable)
+
+    def _readable(self) -> None:
+        reactor = self._reactor
+        reactor.run(self._shake if self._handshake else self._read)
+
+    def _shake(self) -> None:
+        """Goes on with the TLS handshake."""
+        assert isinstance(self._sock, ssl.SSLSocket)
+        try:
+            self._sock.do_handshake()
+        except ssl.SSLWantReadError:
+            return
+        except ssl.SSLWantWriteError:
+            self._want_writer()
+            return
+        except OSError as error:
+            self.abort(f"TLS handshake failed: {getattr(error, 'reason', None) or error}")
+            return
+        self._handshake = False
+        if self._writing:
+            self._drop_writer()
+        self.flush()
+        self._read()
+
+    def _read(self) -> None:
+        """Reads what is there, at most one buffer, and hands it over in one piece."""
+        view, sock, filled = self._reactor.view, self._sock, 0
+        reason = ""
+        try:
+            while filled < _BUDGET_BYTES:
+                count = sock.recv_into(view[filled:] if filled else view)
+                if not count:
+                    reason = "closed by the other side"
+                    break
+                filled += count
+                # Less than a record, or less than asked for: nothing more is there, and asking again would cost a call.
+                if not self.tls or count < _RECORD_BYTES:
+                    if self.tls and sock.pending():  # type: ignore[attr-defined]  # tls says that this is an SSLSocket
+                        continue
+                    break
+        except _READ_AGAIN:
+            pass
+        except OSError as error:
+            reason = str(error.strerror or error)
+        if filled:
+            self.owner.received(self, view[:filled])
+            if self.link.closing and not self._closed:
+                self.flush()
+        if reason:
+            self.abort(reason)
+
+    def _wake(self) -> None:
+        if not self._marked:
+            self._marked = True
+            self._reactor.mark(self)
+
+    def flush(self) -> None:
+        """Sends what the link has; what the socket does not take waits, and blocks bulk data, until it does."""
+        self._marked = False
+        if self._closed or self._handshake:
+            return
+        link = self.link
+        if self._pending is None:
+            parts = link.data_to_send()
+            if not parts:
+                if link.closing:
+                    self.close()
+                return
+            self._pending = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+        elif link.blocked:
+            if link.out_bytes > limits.OUTBOUND_MAX_BYTES:
+                self.abort("it takes nothing and too much waits for it")
+            return
+        self._send()
+
+    def _send(self) -> None:
+        sock, link = self._sock, self.link
+        while self._pending is not None:
+            data = self._pending
+            try:
+                while data:
+                    data = data[sock.send(data) :]
+            except _READ_AGAIN:
+                self._pending = data
+                link.blocked = True
+                if not self._writing:
+                    self._want_writer()
+                return
+            except OSError as error:
+                self._pending = None
+                self.abort(str(error.strerror or error))
+                return
+            parts = link.data_to_send()
+            self._pending = memoryview(b"".join(parts)) if parts else None
+        if self._writing:
+            self._drop_writer()
+        if link.closing:
+            self.close()
+
+    def _writable(self) -> None:
+        self._reactor.run(self._write_on)
+
+    def _write_on(self) -> None:
+        if self._handshake:
+            self._shake()
+            return
+        self._send()
+        if self._pending is None and self.link.blocked and not self._closed:
+            self.link.blocked = False
+            self.owner.drained(self)
+
+    def _want_writer(self) -> None:
+        self._writing = True
+        self._reactor.loop.add_writer(self._fd, self._writable)
+
+    def _drop_writer(self) -> None:
+        self._writing = False
+        self._reactor.loop.remove_writer(self._fd)
+
+    def close(self) -> None:
+        """Ends the connection after what was sent: says so, then waits a second for the other side's end.
+
+        Closing at once while the peer still sends would reset the connection and take the last ERROR with it.
+        """
+        if self._closed:
+            return
+        self._finish("closed")
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        loop = self._reactor.loop
+        loop.add_reader(self._fd, self._discard)
+        self._timer = loop.call_later(_LINGER_SECONDS, self._gone)
+
+    def _discard(self) -> None:
+        try:
+            while socket.socket.recv_into(self._sock, self._reactor.view):
+                pass
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            pass
+        self._gone()
+
+    def _gone(self) -> None:
+        self._reactor.loop.remove_reader(self._fd)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._sock.close()
+
+    def abort(self, reason: str) -> None:
+        """Ends the connection at once."""
+        if self._closed:
+            return
+        self._finish(reason)
+        self._sock.close()
+
+    def _finish(self, reason: str) -> None:
+        self._closed = True
+        loop = self._reactor.loop
+        loop.remove_reader(self._fd)
+        if self._writing:
+            self._drop_writer()
+        self._pending = None
+        self.link.closing = True
+        self.owner.ended(self, reason)

@@ -1,0 +1,800 @@
+"""A node, a pod and several clients in a box: virtual time, wires that lose and delay, and what must hold at any moment.
+
+Nothing here is random: whoever drives the world (hypothesis, or a seeded generator) chooses every step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from sterna import limits
+from sterna.errors import Code
+from sterna.ids import AttachmentId, DeviceId, SessionUid
+from sterna.protocol import messages, podside
+from sterna.protocol.codec import Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.podside import PodMachine, PodSession
+from sterna.protocol.session import Attachment, Lane, Session
+from sterna.protocol.states import State
+from sterna.protocol.stream import Intake, SendStream
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+UID = SessionUid(b"U" * 16)
+NODE = b"N" * 32
+HANDLE = 7
+STREAM_KINDS = (int(Type.DATA), int(Type.SIGNAL), int(Type.EOF))
+# Codes after which a client simply resumes; any other one is a fault of the node in a world of honest peers.
+RESUMABLE = (Code.RESYNC, Code.DISPLACED)
+
+_PERIOD = 65_521
+_PATTERN = bytes((i * i * 7 + i * 13 + (i >> 7)) & 0xFF for i in range(_PERIOD)) * 2
+
+
+def true_bytes(salt: int, position: int, size: int) -> bytes:
+    """What stands at a position of a stream: every stream has a salt of its own."""
+    out = bytearray()
+    while size > 0:
+        at = (position + salt * 9973) % _PERIOD
+        piece = _PATTERN[at : at + min(size, _PERIOD)]
+        out += piece
+        position += len(piece)
+        size -= len(piece)
+    return bytes(out)
+
+
+class Violation(AssertionError):
+    """Something that must always hold does not."""
+
+
+def check(condition: object, text: str) -> None:
+    if not condition:
+        raise Violation(text)
+
+
+class RingLog:
+    """A durable log with an exact bound."""
+
+    def __init__(self, start: int, ring_bytes: int) -> None:
+        self.tail = self.end = start
+        self.ring_bytes = ring_bytes
+        self._data = bytearray()
+
+    def append(self, data: bytes | memoryview) -> None:
+        self._data += data
+        self.end += len(data)
+        surplus = len(self._data) - self.ring_bytes
+        if surplus > 0:
+            del self._data[:surplus]
+            self.tail += surplus
+
+    def read(self, position: int, limit: int) -> bytes:
+        check(self.tail <= position < self.end and limit > 0, f"the log was read at {position} ({self.tail}-{self.end})")
+        return bytes(self._data[position - self.tail : position - self.tail + limit])
+
+
+class Wire:
+    """One direction of a connection: what was sent and has not arrived."""
+
+    def __init__(self) -> None:
+        self.pieces: deque[bytes] = deque()
+        self.size = 0
+
+    def put(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            if piece:
+                self.pieces.append(piece)
+                self.size += len(piece)
+
+    def get(self, size: int) -> bytes:
+        out = bytearray()
+        while self.pieces and len(out) < size:
+            piece = self.pieces.popleft()
+            take = size - len(out)
+            out += piece[:take]
+            if len(piece) > take:
+                self.pieces.appendleft(piece[take:])
+        self.size -= len(out)
+        return bytes(out)
+
+
+class Connection:
+    """Two links and the wires between them; `near` dials, `far` listens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.near, self.far = Link(), Link()
+        self.up, self.down = Wire(), Wire()  # up: near to far
+        self.capacity = capacity
+
+    def collect(self) -> None:
+        for link, wire in ((self.near, self.up), (self.far, self.down)):
+            wire.put(link.data_to_send())
+            link.blocked = wire.size >= self.capacity
+
+
+class Config:
+    """Sizes in bytes, first positions, and the classes under test (controls put broken ones here)."""
+
+    def __init__(
+        self,
+        *,
+        start: int = 0,
+        input_start: int = 0,
+        window: int = 4096,
+        pod_window: int = 8192,
+        ring: int = 32_768,
+        capacity: int = 8192,
+        session: type[Session] = Session,
+        pod: type[PodMachine] = PodMachine,
+        client_intake: type[Intake] = Intake,
+        client_stream: type[SendStream] = SendStream,
+        snapshots: bool = True,
+    ) -> None:
+        self.start, self.input_start = start, input_start
+        self.window, self.pod_window, self.ring, self.capacity = window, pod_window, ring, capacity
+        self.session, self.pod = session, pod
+        self.client_intake, self.client_stream = client_intake, client_stream
+        self.snapshots = snapshots
+
+
+class Client:
+    """One attachment's client: it keeps its streams through all connections and notes every byte that it got."""
+
+    def __init__(self, world: World, number: int, *, exact: bool, mode: messages.Mode = "drive") -> None:
+        self.world, self.number, self.exact, self.mode = world, number, exact, mode
+        self.id = AttachmentId(bytes([number]) * 16)
+        config = world.config
+        self.out = config.client_stream(config.input_start, config.window, 1000)
+        self.intake = config.client_intake(0)
+        self.known = False  # it has an ACCEPT
+        self.attached = False
+        self.expects_snapshot = self.free = False  # free: history before the first byte is nobody's loss
+        self.closed: messages.Close | None = None
+        self.lost: list[tuple[int, int]] = []
+        self.conn: Connection | None = None
+        self.got = 0
+        self.errors: list[int] = []
+
+    # What the user does.
+
+    def type(self, size: int) -> None:
+        data = true_bytes(self.number, self.out.end, size)
+        self.out.write(data)
+        self.flush()
+
+    def mark(self, kind: int) -> None:
+        self.out.mark(kind, messages.pack(messages.Signal("INT")) if kind == Type.SIGNAL else b"")
+        self.flush()
+
+    def handle_output(self, size: int) -> None:
+        self.intake.handle(min(self.intake.handled + size, self.intake.next), self.world.now)
+
+    def flush(self, up_to: int | None = None) -> None:
+        conn = self.conn
+        if conn is None or not self.attached or conn.near.blocked or self.mode != "drive":
+            return
+        for kind, position, payload in self.out.take(up_to):
+            conn.near.send(kind, HANDLE, position, payload)
+
+    def acknowledge(self, joining: bool) -> None:
+        if self.conn is None or not self.attached:
+            return
+        ack = self.intake.acknowledgement(self.world.now, joining)
+        if ack is not None:
+            self.conn.near.send(Type.ACK, HANDLE, ack, ack.to_bytes(8, "big"))
+
+    # What the node says.
+
+    def receive(self, frame: Frame) -> None:
+        kind, handle, seq, payload = frame
+        if handle == 0:
+            check(kind != Type.ERROR, f"the connection failed: {payload!r}")
+            return
+        if kind == Type.ACCEPT:
+            self._accept(messages.unpack(messages.Accept, payload))
+        elif kind == Type.RESUMED:
+            self._resumed(messages.unpack(messages.Resumed, payload))
+        elif kind == Type.DATA:
+            self._data(seq, payload)
+        elif kind == Type.ACK:
+            self._acknowledged(int.from_bytes(payload, "big"))
+        elif kind == Type.SNAPSHOT:
+            self._snapshot(messages.unpack(messages.Snapshot, payload))
+        elif kind == Type.CLOSE:
+            self._close(messages.unpack(messages.Close, payload))
+        elif kind == Type.ERROR:
+            error = messages.unpack(messages.Error, payload)
+            check(error.code in RESUMABLE, f"client {self.number} was refused: {error.name}: {error.message}")
+            self.errors.append(error.code)
+            self.attached = False
+
+    def _accept(self, accept: messages.Accept) -> None:
+        self.known = self.attached = True
+        self.free = True
+        self.intake = self.world.config.client_intake(accept.output)
+        self.expects_snapshot = accept.snapshot
+        self.out.rewind(accept.input)
+        self.flush()
+
+    def _resumed(self, resumed: messages.Resumed) -> None:
+        self.attached = True
+        want = self.intake.next
+        if resumed.lost is None:
+            check(resumed.output == want, f"RESUMED goes on at {resumed.output}, {want} was wanted, nothing named")
+        else:
+            check(resumed.lost.start == want, f"RESUMED names {resumed.lost}, {want} was wanted")
+            check(resumed.lost.end == resumed.output, f"RESUMED names {resumed.lost} and goes on at {resumed.output}")
+            self._name(resumed.lost)
+            self.intake.skip(resumed.output)
+        self.expects_snapshot = resumed.snapshot
+        if resumed.input is not None:
+            self.out.rewind(resumed.input)
+        self.flush()
+
+    def _name(self, lost: messages.Lost) -> None:
+        check(lost.start <= lost.end, f"a lost range runs backwards: {lost}")
+        # Nobody may name as lost what the log still holds.
+        self.lost.append((lost.start, lost.end))
+
+    def _data(self, seq: int, payload: bytes) -> None:
+        check(self.attached, "DATA came before ACCEPT or RESUMED")
+        want = self.intake.next
+        new = self.intake.receive(int(Type.DATA), seq, payload)
+        if new is None:
+            check(False, f"client {self.number} was sent bytes before {want} again")
+            return
+        check(not self.expects_snapshot, "DATA came before the SNAPSHOT that was promised")
+        check(len(new) == len(payload), f"client {self.number} was sent bytes before {want} again")
+        check(new == true_bytes(0, want, len(new)), f"client {self.number} got wrong bytes at {want}")
+        self.got += len(new)
+        self.free = False
+
+    def _acknowledged(self, position: int) -> None:
+        done = self.world.pod.handled_input.get(self.id, (self.world.config.input_start, []))[0]
+        check(position <= done, f"input up to {position} was acknowledged, the program has had {done}")
+        self.out.acknowledge(position)
+
+    def _snapshot(self, part: messages.Snapshot) -> None:
+        want = self.intake.next
+        if part.lost is not None:
+            check(part.lost.end == part.position, f"{part.lost} is named, the snapshot is of {part.position}")
+            self._name(part.lost)
+        if part.last:
+            named = any(start <= want and part.position <= end for start, end in self.lost)
+            fresh = self.free and (self.expects_snapshot or part.position == want)
+            resumed = self.expects_snapshot and any(part.position >= start for start, _ in self.lost)
+            check(
+                part.position == want or named or fresh or resumed,
+                f"client {self.number}: a snapshot jumps from {want} to {part.position}, nothing named",
+            )
+            check(part.position >= want, f"a snapshot of {part.position} goes back before {want}")
+            check(not self.exact or named, "an exact client got a snapshot for bytes that were not lost")
+            if self.exact:
+                log = self.world.log
+                check(part.position <= log.tail or part.position <= log.end, "lost is named beyond the log")
+            self.intake.skip(part.position)
+            self.expects_snapshot = False
+
+    def _close(self, close: messages.Close) -> None:
+        check(close.output == self.intake.next, f"CLOSE at {close.output}, {self.intake.next} was wanted next")
+        self.closed = close
+        if self.conn is not None:
+            self.conn.near.send_message(Type.CLOSE, HANDLE, messages.Close())
+
+    # Connections.
+
+    def connect(self) -> Connection:
+        conn = Connection(self.world.config.capacity)
+        self.conn = conn
+        self.attached = False
+        if not self.known:
+            body = messages.pack(messages.Signed(b"connect", b""))
+            conn.near.send(Type.CONNECT, HANDLE, 0, body)
+        else:
+            resume = messages.ResumeBody(
+                messages.CONTEXT_RESUME, NODE, UID, b"d", self.id, b"r", 1, 1, 1, self.intake.next
+            )
+            conn.near.send(Type.RESUME, HANDLE, 0, messages.pack(messages.Signed(messages.pack(resume), b"")))
+        return conn
+
+
+class Port:
+    """The session's place on the node's connection to the pod."""
+
+    def __init__(self, node: Node, link: Link, features: frozenset[str]) -> None:
+        self.node, self.link, self.features = node, link, features
+        self.handle = 1
+        self.lanes: dict[int, Lane] = {}
+
+    def lane_handle(self, session: Session, lane: Lane) -> int:
+        handle = len(self.lanes) + 2
+        self.lanes[handle] = lane
+        return handle
+
+
+class Node:
+    """The least a node must do around a Session."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.attachments: dict[Connection, Attachment] = {}
+        self.owners: dict[Connection, Client] = {}
+        self.pending: list[tuple[Connection, bytes]] = []
+        self.port: Port | None = None
+        self.pod_conn: Connection | None = None
+        self.opened = False
+        self.session = self._session()
+
+    def _session(self) -> Session:
+        world = self.world
+        session = world.config.session(UID, world.log, log_id=1, kind="pty", tenant="t", agent="a", name="n")
+        if world.config.input_start and not self.opened:
+            for client in world.clients:
+                session.lanes[client.id] = Lane(client.id, world.config.input_start)
+        return session
+
+    def restart(self) -> None:
+        """The node is killed: what is durable (the log) stays, connections and memory go."""
+        self.attachments.clear()
+        self.pending.clear()
+        self.port = None
+        self.session = self._session()
+
+    # The pod's connection.
+
+    def connect_pod(self) -> Connection:
+        conn = Connection(self.world.config.capacity)
+        self.pod_conn = conn
+        features = frozenset(("snapshot",)) if self.world.config.snapshots else frozenset[str]()
+        self.port = Port(self, conn.near, features)
+        request = messages.Open(UID, self.world.log.end, fresh=not self.opened)
+        conn.near.send_message(Type.OPEN, 1, request)
+        return conn
+
+    def pod_frame(self, frame: Frame) -> None:
+        kind, handle, seq, payload = frame
+        session, port, now = self.session, self.port, self.world.now
+        assert port is not None
+        check(kind != Type.ERROR, f"the pod's connection failed: {payload!r}")
+        if kind == Type.OPENED:
+            opened = messages.unpack(messages.Opened, payload)
+            check(opened.error is None, f"the pod refused: {opened.error}")
+            self.opened = True
+            session.pod_opened(port, opened, now)
+            waiting, self.pending = self.pending, []
+            for conn, data in waiting:
+                if conn in self.owners:
+                    self._connect(conn) if not data else self._resume(conn, data)
+        elif session.port is not port:
+            return
+        elif kind == Type.DATA:
+            session.pod_data(seq, payload, now)
+        elif kind == Type.ACK:
+            session.pod_ack(port.lanes[handle], payload)
+        elif kind == Type.SNAPSHOT:
+            session.pod_snapshot(messages.unpack(messages.Snapshot, payload), now)
+        elif kind == Type.EXIT:
+            session.pod_exit(messages.unpack(messages.Exit, payload), now)
+
+    def pod_lost(self) -> None:
+        self.port = None
+        self.pod_conn = None
+        self.session.pod_gone()
+
+    # Clients' connections.
+
+    def client_frame(self, conn: Connection, frame: Frame) -> None:
+        kind, handle, seq, payload = frame
+        session, now = self.session, self.world.now
+        if kind == Type.CONNECT:
+            self._connect(conn)
+            return
+        if kind == Type.RESUME:
+            self._resume(conn, payload)
+            return
+        attachment_or_none = self.attachments.get(conn)
+        if attachment_or_none is None or attachment_or_none.session is None:
+            return  # late frames of an attachment that was displaced
+        attachment = attachment_or_none
+        if kind in STREAM_KINDS:
+            session.client_input(attachment, kind, seq, payload, now)
+        elif kind == Type.ACK:
+            session.client_ack(attachment, payload, now)
+        elif kind == Type.RESIZE:
+            size = messages.unpack(messages.Resize, payload)
+            session.client_resize(attachment, size.cols, size.rows)
+        elif kind == Type.SUSPEND:
+            session.detach(attachment, now)
+        elif kind == Type.CLOSE:
+            session.client_close(attachment, now)
+
+    def _attachment(self, conn: Connection) -> Attachment:
+        client = self.owners[conn]
+        attachment = Attachment(client.id, conn.far, HANDLE, DeviceId(b"D" * 32), client.mode, f"client {client.number}")
+        attachment.exact, attachment.answers = client.exact, not client.exact
+        attachment.window = self.world.config.window
+        attachment.cols, attachment.rows = 80, 24
+        self.attachments[conn] = attachment
+        return attachment
+
+    def _connect(self, conn: Connection) -> None:
+        session = self.session
+        if self.world.config.input_start and session.ended is None and not session.lanes_known:
+            self.pending.append((conn, b""))  # lanes that do not begin at 0 are known to the pod only
+            return
+        session.attach(self._attachment(conn), self.world.now, output=None, node=NODE, created=False)
+
+    def _resume(self, conn: Connection, payload: bytes) -> None:
+        session = self.session
+        client = self.owners[conn]
+        if session.ended is None and client.id not in session.lanes and not session.lanes_known:
+            self.pending.append((conn, payload))  # only the pod knows what it has handled
+            return
+        body = messages.unpack(messages.ResumeBody, messages.unpack(messages.Signed, payload).body)
+        session.resume(self._attachment(conn), body, self.world.now)
+
+    def client_lost(self, conn: Connection) -> None:
+        self.owners.pop(conn, None)
+        attachment = self.attachments.pop(conn, None)
+        if attachment is not None and attachment.session is not None:
+            self.session.detach(attachment, self.world.now)
+
+
+class Pod:
+    """The agent: a program that handles input when it likes, and writes when there is room."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        features = ["many", "snapshot"] if world.config.snapshots else ["many"]
+        self.machine = world.config.pod(b"I" * 16, "pty", features, "pod", 10)
+        self.conns: list[Connection] = []
+        self.session: PodSession | None = None
+        self.waiting: deque[podside.Input] = deque()
+        self.captures: deque[messages.Capture] = deque()
+        self.handled_input: dict[bytes, tuple[int, list[tuple[int, bytes]]]] = {}
+        self.to_write = 0
+        self.closed = False
+
+    def frame(self, conn: Connection, frame: Frame) -> None:
+        event = self.machine.receive(conn.far, frame, self.world.now)
+        config = self.world.config
+        if isinstance(event, podside.Opening):
+            session = self.session = event.session
+            session.out = SendStream(config.start, config.pod_window, limits.PAYLOAD_MAX_BYTES)
+            if config.input_start:
+                for client in self.world.clients:
+                    lane = session.lanes[client.id] = podside.PodLane(client.id)
+                    lane.intake = Intake(config.input_start)
+            self.machine.opened(event, self.world.now)
+        elif isinstance(event, podside.Input):
+            self.waiting.append(event)
+        elif isinstance(event, podside.CaptureAsked):
+            self.captures.append(event.request)
+        elif isinstance(event, podside.Roomy):
+            self.write(0)
+        elif isinstance(event, podside.Closed):
+            self.closed = True
+            self.waiting.clear()
+
+    def write(self, size: int) -> None:
+        """The program has `size` more bytes to write; what finds no room waits until the machine says `Roomy`."""
+        session = self.session
+        if session is None or session.exit is not None:
+            return
+        self.to_write += size
+        if session.starved and not size:
+            session.starved = False
+        if session.starved:
+            return
+        data = true_bytes(0, session.out.end, min(self.to_write, session.out.room))
+        self.to_write -= session.out.write(data)
+        if self.to_write:
+            session.starved = True
+        session.flush(self.world.now)
+        self.machine.acknowledge_due(session, self.world.now, True)
+
+    def handle_input(self, count: int) -> None:
+        while count and self.waiting:
+            count -= 1
+            item = self.waiting.popleft()
+            lane = item.lane
+            position, items = self.handled_input.get(lane.id, (self.world.config.input_start, []))
+            size = len(item.data) if item.kind == Type.DATA else 1
+            client = self.world.by_id[lane.id]
+            check(item.end - size == position, f"client {client.number}: {item.end - size} handled, {position} was next")
+            if item.kind == Type.DATA:
+                check(item.data == true_bytes(client.number, position, size), f"wrong input at {position}")
+            items.append((item.kind, b"" if item.kind == Type.DATA else item.data))
+            self.handled_input[lane.id] = (item.end, items)
+            self.machine.handled(item, self.world.now)
+
+    def answer_capture(self) -> None:
+        if self.captures and self.session is not None:
+            request = self.captures.popleft()
+            self.session.send_snapshot(request.token, self.session.out.end, b"screen", False)
+
+    def exit(self) -> None:
+        session = self.session
+        if session is not None and session.exit is None:
+            self.to_write, session.starved = 0, False
+            self.waiting.clear()
+            self.machine.acknowledge_due(session, self.world.now, True)
+            session.finish(0, None, self.world.now)
+
+    def lost(self, conn: Connection) -> None:
+        if conn in self.conns:
+            self.conns.remove(conn)
+            self.machine.disconnected(conn.far)
+
+
+class World:
+    """Everything, and the steps that a driver may take; each step ends with `verify`."""
+
+    def __init__(self, config: Config, kinds: tuple[tuple[bool, messages.Mode], ...]) -> None:
+        self.config = config
+        self.now = SECOND
+        self.log = RingLog(config.start, config.ring)
+        self.clients: list[Client] = []
+        for number, (exact, mode) in enumerate(kinds, 1):
+            self.clients.append(Client(self, number, exact=exact, mode=mode))
+        self.by_id = {bytes(client.id): client for client in self.clients}
+        self.pod = Pod(self)
+        self.node = Node(self)
+        self.old: list[Connection] = []  # connections their client has left but the node has not noticed
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def connect(self, client: Client) -> None:
+        """The client dials again; the node may go on reading what was in flight on the old connection."""
+        if client.closed is not None:
+            return
+        if client.conn is not None:
+            self.old.append(client.conn)
+        conn = client.connect()
+        self.node.owners[conn] = client
+        self._after()
+
+    def cut(self, client: Client) -> None:
+        """The connection breaks: what is in flight is gone, both sides notice."""
+        conn, client.conn = client.conn, None
+        client.attached = False
+        if conn is not None:
+            self.node.client_lost(conn)
+        self._after()
+
+    def leave(self, client: Client) -> None:
+        """SUSPEND, politely."""
+        if client.conn is not None and client.attached:
+            client.conn.near.send_message(Type.SUSPEND, HANDLE, messages.Suspend(client.intake.next))
+            self.old.append(client.conn)
+            client.conn = None
+            client.attached = False
+        self._after()
+
+    def notice_old(self, which: int, up: int) -> None:
+        """Of a connection that its client left, `up` more bytes arrive at the node, which then notices the end."""
+        if self.old:
+            conn = self.old.pop(which % len(self.old))
+            self._deliver_up(conn, up)
+            self.node.client_lost(conn)
+        self._after()
+
+    def pod_connect(self) -> None:
+        """The node connects to the pod; the pod may not have noticed yet that the old connection is dead."""
+        if self.node.pod_conn is not None or self.pod.closed or self.node.session.state is State.CLOSED:
+            return
+        conn = self.node.connect_pod()
+        self.pod.conns.append(conn)
+        self.pod.machine.connected(conn.far)
+        self._after()
+
+    def pod_cut(self, late: int) -> None:
+        """The node loses the pod; `late` more of its bytes still arrive there."""
+        conn = self.node.pod_conn
+        if conn is not None:
+            self._collect()
+            self.node.pod_lost()
+            data = conn.up.get(late)
+            self._pod_bytes(conn, data)
+        self._after()
+
+    def pod_notice(self) -> None:
+        """The pod notices connections that the node has left."""
+        for conn in list(self.pod.conns):
+            if conn is not self.node.pod_conn:
+                self.pod.lost(conn)
+        self._after()
+
+    def node_restart(self) -> None:
+        """The node is killed and starts again: clients and pod notice."""
+        for client in self.clients:
+            client.conn, client.attached = None, False
+        self.old.clear()
+        self.node.owners.clear()
+        if self.node.pod_conn is not None:
+            self.pod.lost(self.node.pod_conn)
+            self.node.pod_conn = None
+        self.node.restart()
+        self._after()
+
+    def deliver(self, client: Client, up: int, down: int) -> None:
+        """Some bytes arrive on a client's connection."""
+        conn = client.conn
+        if conn is not None:
+            self._deliver_up(conn, up)
+            if client.conn is conn:
+                for frame in conn.near.receive(conn.down.get(down)):
+                    client.receive(frame)
+                self._drained_far(conn)
+        self._after()
+
+    def deliver_pod(self, up: int, down: int) -> None:
+        """Some bytes arrive on the pod's connection."""
+        conn = self.node.pod_conn
+        if conn is not None:
+            self._collect()
+            self._pod_bytes(conn, conn.up.get(up))
+            if self.node.pod_conn is conn:
+                for frame in conn.near.receive(conn.down.get(down)):
+                    self.node.pod_frame(frame)
+                check(not conn.near.closing, "the node refused the pod's bytes")
+                if conn.far.blocked and conn.down.size < conn.capacity and self.pod.session is not None:
+                    conn.far.blocked = False
+                    self.pod.session.flush(self.now)
+        self._after()
+
+    def act(self, step: Callable[[], object]) -> None:
+        """Any step of a client or the pod by itself."""
+        step()
+        self._after()
+
+    def tick(self, milliseconds: int) -> None:
+        """Time passes; machines that are due are called."""
+        self.now += milliseconds * MS
+        self._timers()
+        self._after()
+
+    def _timers(self) -> None:
+        session = self.node.session
+        for _ in range(20):
+            due = session.next_timeout()
+            if due is None or due > self.now:
+                break
+            session.handle_timeout(self.now)
+        else:
+            check(False, "the session's timer never rests")
+        pod = self.pod.session
+        if pod is not None:
+            for _ in range(20):
+                due = pod.next_timeout()
+                if due is None or due > self.now:
+                    break
+                self.pod.machine.acknowledge_due(pod, self.now, False)
+            else:
+                check(False, "the pod's timer never rests")
+        for client in self.clients:
+            client.acknowledge(False)
+
+    # ---- inner workings ----------------------------------------------------------------------------------------
+
+    def _connections(self) -> list[Connection]:
+        found = [client.conn for client in self.clients if client.conn is not None] + self.old + self.pod.conns
+        if self.node.pod_conn is not None and self.node.pod_conn not in found:
+            found.append(self.node.pod_conn)
+        return found
+
+    def _collect(self) -> None:
+        for conn in self._connections():
+            conn.collect()
+
+    def _after(self) -> None:
+        self._collect()
+        self.verify()
+
+    def _deliver_up(self, conn: Connection, size: int) -> None:
+        for frame in conn.far.receive(conn.up.get(size)):
+            self.node.client_frame(conn, frame)
+        check(not conn.far.closing, "the node refused a client's bytes")
+        client = self.node.owners.get(conn)
+        if conn.near.blocked and conn.up.size < conn.capacity and client is not None and client.conn is conn:
+            conn.near.blocked = False
+            client.flush()
+
+    def _drained_far(self, conn: Connection) -> None:
+        if conn.far.blocked and conn.down.size < conn.capacity:
+            conn.far.blocked = False
+            attachment = self.node.attachments.get(conn)
+            if attachment is not None and attachment.session is not None:
+                attachment.session.push(attachment, self.now)
+                attachment.session.pace(self.now)
+
+    def _pod_bytes(self, conn: Connection, data: bytes) -> None:
+        if conn not in self.pod.conns:
+            return
+        for frame in conn.far.receive(data):
+            self.pod.frame(conn, frame)
+        check(not conn.far.closing, "the pod refused the node's bytes")
+        if conn.near.blocked and conn.up.size < conn.capacity:
+            conn.near.blocked = False
+
+    # ---- what must hold ----------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Checks what must hold after every step."""
+        session, log, config = self.node.session, self.log, self.config
+        pod = self.pod.session
+        if pod is not None:
+            check(pod.out.base <= log.end, f"output up to {pod.out.base} was acknowledged, the journal ends at {log.end}")
+            check(log.end <= pod.out.end, "the journal holds what the program never wrote")
+            check(pod.out.end - pod.out.base <= config.pod_window, "the pod's window was exceeded")
+            handles = self.pod.machine._handles  # noqa: SLF001 - memory must stay bounded, and only this shows it
+            check(all(conn.far in handles for conn in self.pod.conns) and len(handles) == len(self.pod.conns), "links leak")
+        for attachment in session.attachments.values():
+            check(attachment.cursor - attachment.acked <= attachment.window, "a client's window was exceeded")
+            check(attachment.session is session, "an attachment that has left is still registered")
+        for lane in session.lanes.values():
+            check(lane.handled <= lane.next <= lane.handled + limits.WINDOW_BYTES, "an input window was exceeded")
+            check(lane.attachment is None or session.attachments.get(lane.id) is lane.attachment, "a lane names a ghost")
+        check(len(session.lanes) <= limits.LANES_MAX, "too many lanes")
+        captures = session._captures  # noqa: SLF001 - memory must stay bounded, and only this shows it
+        check(len(captures) <= len(session.attachments), "captures leak")
+        if session.state is State.ACTIVE:
+            check(session.attachments, "active with nobody attached")
+        if session.state is State.SUSPENDED:
+            check(not session.attachments, "suspended with somebody attached")
+        for client in self.clients:
+            done = self.pod.handled_input.get(client.id, (config.input_start, []))[0]
+            check(client.out.base <= done <= client.out.end, f"client {client.number} knows of {client.out.base}, done {done}")
+        bound = config.capacity + 2 * max(config.window, config.pod_window) + 66_000
+        for conn in self._connections():
+            check(max(conn.up.size, conn.down.size) <= bound, "too much is queued on a connection")
+
+    def settle(self) -> None:
+        """The network heals, everybody reads and writes: afterwards everything must have arrived everywhere."""
+        self.pod_notice()
+        while self.old:
+            self.notice_old(0, 1 << 30)
+        if self.node.pod_conn is None:
+            self.pod_connect()
+        for _ in range(400):
+            before = self._mark()
+            for client in self.clients:
+                if client.closed is None and (client.conn is None or (client.errors and not client.attached)):
+                    client.errors.clear()
+                    self.connect(client)
+                self.deliver(client, 1 << 30, 1 << 30)
+                client.handle_output(1 << 30)
+                client.flush()
+            while self.old:
+                self.notice_old(0, 1 << 30)
+            self.deliver_pod(1 << 30, 1 << 30)
+            while self.pod.captures:
+                self.pod.answer_capture()
+            self.pod.handle_input(1 << 30)
+            self.tick(300)
+            if self._mark() == before and not any(conn.up.size or conn.down.size for conn in self._connections()):
+                break
+        else:
+            check(False, "the world does not come to rest")
+        self._arrived()
+
+    def _mark(self) -> tuple[object, ...]:
+        pod = self.pod.session
+        ends = (pod.out.base, pod.out.end, pod.out.sent) if pod is not None else ()
+        streams = [(c.out.base, c.out.sent, c.intake.next, c.intake.acked, c.attached, bool(c.closed)) for c in self.clients]
+        return self.log.end, ends, tuple(streams), self.pod.to_write
+
+    def _arrived(self) -> None:
+        pod, end = self.pod.session, self.log.end
+        check(pod is not None and not self.pod.to_write, "the program still waits for room")
+        closed = self.node.session.state is State.CLOSED
+        check(pod is not None and pod.out.end == end, f"the journal ends at {end}")
+        check(pod is not None and (closed or pod.out.base == end), "output is not acknowledged to the program")
+        for client in self.clients:
+            if client.closed is not None and client.closed.output != end:
+                continue
+            check(client.intake.next == end, f"client {client.number} stands at {client.intake.next} of {end}")
+            if client.mode == "drive" and self.node.session.ended is None:
+                check(client.out.base == client.out.end, f"input {client.out.base} of {client.out.end} was acknowledged")
