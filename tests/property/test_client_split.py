@@ -14,9 +14,9 @@ KEYS = (b"~", b"\r", b"\n", b"d", b".", b"?", b"x", b"\x1b[200~", b"\x1b[201~", 
 TYPED = st.lists(st.sampled_from(KEYS) | st.binary(max_size=3), max_size=30).map(b"".join)
 
 PIECES = (
-    b"\x1b", b"\x1b[", b"\x1b]", b"\x1bP", b"\x1b_G", b"\xc2\x9d", b"\xc2\x9b", b"\xc2", b"\x9c", b"\\", b"\x07", b"52;c;",
-    b"?", b"10;", b"11;?", b"6n", b"c", b">q", b"0", b";", b"a=q", b"tmux;", b"\x1b\x1b", b"$q", b"+q", b"m", b"x",
-    b"\x18", b"\x05", b"\n", b"hello", b"1337;", b"Copy=:", b"u", b"\xe2\x82\xac", b"\x00", b"18t", b"21;a=?",
+    b"\x1b", b"\x1b[", b"\x1b]", b"\x1bP", b"\x1b_G", b"\xc2\x9d", b"\xc2\x9b", b"\xc2", b"\x9c", b"\\", b"\x07",
+    b"52;c;", b"?", b"10;", b"11;?", b"6n", b"c", b">q", b"0", b";", b"a=q", b"tmux;", b"\x1b\x1b", b"$q", b"+q", b"m",
+    b"x", b"\x18", b"\x05", b"\n", b"hello", b"1337;", b"Copy=:", b"u", b"\xe2\x82\xac", b"\x00", b"18t", b"21;a=?",
     b"\x1b[?1049", b"h", b"l", b"25", b"\x1b[>1u", b"\x1b[<u", b"\x1b(0", b"\x0e", b"\x1bc", b"2;5r", b"z" * 2_000,
 )  # fmt: skip
 OUTPUT = st.lists(st.sampled_from(PIECES) | st.binary(max_size=4), max_size=30).map(b"".join)
@@ -93,7 +93,7 @@ def test_undoing_leaves_nothing_to_undo(data: bytes, cuts: list[int]) -> None:
     modes.feed(data)
     modes.feed(modes.undo())
     assert not modes.changed
-    assert not modes.regions
+    assert not modes.region
     assert not modes.plain.removesuffix(b"\x1b]8;;\x1b\\")
 
 

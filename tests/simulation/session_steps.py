@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 
 from sterna.protocol.frame import Type
-from tests.simulation.session_world import Client, Config, World
+from sterna.protocol.messages import Mode
+from tests.simulation.session_client import Client
+from tests.simulation.session_parts import Config
+from tests.simulation.session_world import World
 
-KINDS = ((True, "drive"), (False, "drive"), (False, "watch"))
+KINDS: tuple[tuple[bool, Mode], ...] = ((True, "drive"), (False, "drive"), (False, "watch"))
+"""Whether exact, and the mode, of each client: a pipe, a terminal, a watcher."""
 
 
 def run(seed: int, config: Config, *, steps: int = 300, exits: bool = False) -> World:
-    """Takes `steps` random steps, lets the world heal, and checks that everything arrived; raises Violation."""
+    """Takes `steps` random steps, lets the world heal, and checks that everything arrived; raises ViolationError."""
     rng = random.Random(seed)
-    world = World(config, KINDS)  # type: ignore[arg-type]  # a tuple of literals is inferred as one of strings
+    world = World(config, KINDS)
     world.pod_connect()
     world.deliver_pod(1 << 30, 1 << 30)
     frozen = rng.choice((None, *world.clients))

@@ -1,4 +1,4 @@
-"""A node, a pod and several clients in a box: virtual time, wires that lose and delay, and what must hold at any moment.
+"""A node, a pod and several clients in a box: virtual time, wires that lose and delay, what must hold at any moment.
 
 Nothing here is random: whoever drives the world (hypothesis, or a seeded generator) chooses every step.
 """
@@ -9,295 +9,29 @@ from collections import deque
 from collections.abc import Callable
 
 from sterna import limits
-from sterna.errors import Code
-from sterna.ids import AttachmentId, DeviceId, SessionUid
+from sterna.ids import DeviceId
 from sterna.protocol import messages, podside
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
-from sterna.protocol.podside import PodMachine, PodSession
+from sterna.protocol.podside import PodSession
 from sterna.protocol.session import Attachment, Lane, Session
 from sterna.protocol.states import State
 from sterna.protocol.stream import Intake, SendStream
-
-MS = 1_000_000
-SECOND = 1_000_000_000
-UID = SessionUid(b"U" * 16)
-NODE = b"N" * 32
-HANDLE = 7
-STREAM_KINDS = (int(Type.DATA), int(Type.SIGNAL), int(Type.EOF))
-# Codes after which a client simply resumes; any other one is a fault of the node in a world of honest peers.
-RESUMABLE = (Code.RESYNC, Code.DISPLACED)
-
-_PERIOD = 65_521
-_PATTERN = bytes((i * i * 7 + i * 13 + (i >> 7)) & 0xFF for i in range(_PERIOD)) * 2
-
-
-def true_bytes(salt: int, position: int, size: int) -> bytes:
-    """What stands at a position of a stream: every stream has a salt of its own."""
-    out = bytearray()
-    while size > 0:
-        at = (position + salt * 9973) % _PERIOD
-        piece = _PATTERN[at : at + min(size, _PERIOD)]
-        out += piece
-        position += len(piece)
-        size -= len(piece)
-    return bytes(out)
-
-
-class Violation(AssertionError):
-    """Something that must always hold does not."""
-
-
-def check(condition: object, text: str) -> None:
-    if not condition:
-        raise Violation(text)
-
-
-class RingLog:
-    """A durable log with an exact bound."""
-
-    def __init__(self, start: int, ring_bytes: int) -> None:
-        self.tail = self.end = start
-        self.ring_bytes = ring_bytes
-        self._data = bytearray()
-
-    def append(self, data: bytes | memoryview) -> None:
-        self._data += data
-        self.end += len(data)
-        surplus = len(self._data) - self.ring_bytes
-        if surplus > 0:
-            del self._data[:surplus]
-            self.tail += surplus
-
-    def read(self, position: int, limit: int) -> bytes:
-        check(self.tail <= position < self.end and limit > 0, f"the log was read at {position} ({self.tail}-{self.end})")
-        return bytes(self._data[position - self.tail : position - self.tail + limit])
-
-
-class Wire:
-    """One direction of a connection: what was sent and has not arrived."""
-
-    def __init__(self) -> None:
-        self.pieces: deque[bytes] = deque()
-        self.size = 0
-
-    def put(self, pieces: list[bytes]) -> None:
-        for piece in pieces:
-            if piece:
-                self.pieces.append(piece)
-                self.size += len(piece)
-
-    def get(self, size: int) -> bytes:
-        out = bytearray()
-        while self.pieces and len(out) < size:
-            piece = self.pieces.popleft()
-            take = size - len(out)
-            out += piece[:take]
-            if len(piece) > take:
-                self.pieces.appendleft(piece[take:])
-        self.size -= len(out)
-        return bytes(out)
-
-
-class Connection:
-    """Two links and the wires between them; `near` dials, `far` listens."""
-
-    def __init__(self, capacity: int) -> None:
-        self.near, self.far = Link(), Link()
-        self.up, self.down = Wire(), Wire()  # up: near to far
-        self.capacity = capacity
-
-    def collect(self) -> None:
-        for link, wire in ((self.near, self.up), (self.far, self.down)):
-            wire.put(link.data_to_send())
-            link.blocked = wire.size >= self.capacity
-
-
-class Config:
-    """Sizes in bytes, first positions, and the classes under test (controls put broken ones here)."""
-
-    def __init__(
-        self,
-        *,
-        start: int = 0,
-        input_start: int = 0,
-        window: int = 4096,
-        pod_window: int = 8192,
-        ring: int = 32_768,
-        capacity: int = 8192,
-        session: type[Session] = Session,
-        pod: type[PodMachine] = PodMachine,
-        client_intake: type[Intake] = Intake,
-        client_stream: type[SendStream] = SendStream,
-        snapshots: bool = True,
-    ) -> None:
-        self.start, self.input_start = start, input_start
-        self.window, self.pod_window, self.ring, self.capacity = window, pod_window, ring, capacity
-        self.session, self.pod = session, pod
-        self.client_intake, self.client_stream = client_intake, client_stream
-        self.snapshots = snapshots
-
-
-class Client:
-    """One attachment's client: it keeps its streams through all connections and notes every byte that it got."""
-
-    def __init__(self, world: World, number: int, *, exact: bool, mode: messages.Mode = "drive") -> None:
-        self.world, self.number, self.exact, self.mode = world, number, exact, mode
-        self.id = AttachmentId(bytes([number]) * 16)
-        config = world.config
-        self.out = config.client_stream(config.input_start, config.window, 1000)
-        self.intake = config.client_intake(0)
-        self.known = False  # it has an ACCEPT
-        self.attached = False
-        self.expects_snapshot = self.free = False  # free: history before the first byte is nobody's loss
-        self.closed: messages.Close | None = None
-        self.lost: list[tuple[int, int]] = []
-        self.conn: Connection | None = None
-        self.got = 0
-        self.errors: list[int] = []
-
-    # What the user does.
-
-    def type(self, size: int) -> None:
-        data = true_bytes(self.number, self.out.end, size)
-        self.out.write(data)
-        self.flush()
-
-    def mark(self, kind: int) -> None:
-        self.out.mark(kind, messages.pack(messages.Signal("INT")) if kind == Type.SIGNAL else b"")
-        self.flush()
-
-    def handle_output(self, size: int) -> None:
-        self.intake.handle(min(self.intake.handled + size, self.intake.next), self.world.now)
-
-    def flush(self, up_to: int | None = None) -> None:
-        conn = self.conn
-        if conn is None or not self.attached or conn.near.blocked or self.mode != "drive":
-            return
-        for kind, position, payload in self.out.take(up_to):
-            conn.near.send(kind, HANDLE, position, payload)
-
-    def acknowledge(self, joining: bool) -> None:
-        if self.conn is None or not self.attached:
-            return
-        ack = self.intake.acknowledgement(self.world.now, joining)
-        if ack is not None:
-            self.conn.near.send(Type.ACK, HANDLE, ack, ack.to_bytes(8, "big"))
-
-    # What the node says.
-
-    def receive(self, frame: Frame) -> None:
-        kind, handle, seq, payload = frame
-        if handle == 0:
-            check(kind != Type.ERROR, f"the connection failed: {payload!r}")
-            return
-        if kind == Type.ACCEPT:
-            self._accept(messages.unpack(messages.Accept, payload))
-        elif kind == Type.RESUMED:
-            self._resumed(messages.unpack(messages.Resumed, payload))
-        elif kind == Type.DATA:
-            self._data(seq, payload)
-        elif kind == Type.ACK:
-            self._acknowledged(int.from_bytes(payload, "big"))
-        elif kind == Type.SNAPSHOT:
-            self._snapshot(messages.unpack(messages.Snapshot, payload))
-        elif kind == Type.CLOSE:
-            self._close(messages.unpack(messages.Close, payload))
-        elif kind == Type.ERROR:
-            error = messages.unpack(messages.Error, payload)
-            check(error.code in RESUMABLE, f"client {self.number} was refused: {error.name}: {error.message}")
-            self.errors.append(error.code)
-            self.attached = False
-
-    def _accept(self, accept: messages.Accept) -> None:
-        self.known = self.attached = True
-        self.free = True
-        self.intake = self.world.config.client_intake(accept.output)
-        self.expects_snapshot = accept.snapshot
-        self.out.rewind(accept.input)
-        self.flush()
-
-    def _resumed(self, resumed: messages.Resumed) -> None:
-        self.attached = True
-        want = self.intake.next
-        if resumed.lost is None:
-            check(resumed.output == want, f"RESUMED goes on at {resumed.output}, {want} was wanted, nothing named")
-        else:
-            check(resumed.lost.start == want, f"RESUMED names {resumed.lost}, {want} was wanted")
-            check(resumed.lost.end == resumed.output, f"RESUMED names {resumed.lost} and goes on at {resumed.output}")
-            self._name(resumed.lost)
-            self.intake.skip(resumed.output)
-        self.expects_snapshot = resumed.snapshot
-        if resumed.input is not None:
-            self.out.rewind(resumed.input)
-        self.flush()
-
-    def _name(self, lost: messages.Lost) -> None:
-        check(lost.start <= lost.end, f"a lost range runs backwards: {lost}")
-        # Nobody may name as lost what the log still holds.
-        self.lost.append((lost.start, lost.end))
-
-    def _data(self, seq: int, payload: bytes) -> None:
-        check(self.attached, "DATA came before ACCEPT or RESUMED")
-        want = self.intake.next
-        new = self.intake.receive(int(Type.DATA), seq, payload)
-        if new is None:
-            check(False, f"client {self.number} was sent bytes before {want} again")
-            return
-        check(not self.expects_snapshot, "DATA came before the SNAPSHOT that was promised")
-        check(len(new) == len(payload), f"client {self.number} was sent bytes before {want} again")
-        check(new == true_bytes(0, want, len(new)), f"client {self.number} got wrong bytes at {want}")
-        self.got += len(new)
-        self.free = False
-
-    def _acknowledged(self, position: int) -> None:
-        done = self.world.pod.handled_input.get(self.id, (self.world.config.input_start, []))[0]
-        check(position <= done, f"input up to {position} was acknowledged, the program has had {done}")
-        self.out.acknowledge(position)
-
-    def _snapshot(self, part: messages.Snapshot) -> None:
-        want = self.intake.next
-        if part.lost is not None:
-            check(part.lost.end == part.position, f"{part.lost} is named, the snapshot is of {part.position}")
-            self._name(part.lost)
-        if part.last:
-            named = any(start <= want and part.position <= end for start, end in self.lost)
-            fresh = self.free and (self.expects_snapshot or part.position == want)
-            resumed = self.expects_snapshot and any(part.position >= start for start, _ in self.lost)
-            check(
-                part.position == want or named or fresh or resumed,
-                f"client {self.number}: a snapshot jumps from {want} to {part.position}, nothing named",
-            )
-            check(part.position >= want, f"a snapshot of {part.position} goes back before {want}")
-            check(not self.exact or named, "an exact client got a snapshot for bytes that were not lost")
-            if self.exact:
-                log = self.world.log
-                check(part.position <= log.tail or part.position <= log.end, "lost is named beyond the log")
-            self.intake.skip(part.position)
-            self.expects_snapshot = False
-
-    def _close(self, close: messages.Close) -> None:
-        check(close.output == self.intake.next, f"CLOSE at {close.output}, {self.intake.next} was wanted next")
-        self.closed = close
-        if self.conn is not None:
-            self.conn.near.send_message(Type.CLOSE, HANDLE, messages.Close())
-
-    # Connections.
-
-    def connect(self) -> Connection:
-        conn = Connection(self.world.config.capacity)
-        self.conn = conn
-        self.attached = False
-        if not self.known:
-            body = messages.pack(messages.Signed(b"connect", b""))
-            conn.near.send(Type.CONNECT, HANDLE, 0, body)
-        else:
-            resume = messages.ResumeBody(
-                messages.CONTEXT_RESUME, NODE, UID, b"d", self.id, b"r", 1, 1, 1, self.intake.next
-            )
-            conn.near.send(Type.RESUME, HANDLE, 0, messages.pack(messages.Signed(messages.pack(resume), b"")))
-        return conn
+from tests.simulation.session_client import Client
+from tests.simulation.session_parts import (
+    HANDLE,
+    MS,
+    NODE,
+    SECOND,
+    STREAM_KINDS,
+    UID,
+    Config,
+    Connection,
+    RingLog,
+    check,
+    true_bytes,
+)  # fmt: skip
 
 
 class Port:
@@ -386,7 +120,7 @@ class Node:
     # Clients' connections.
 
     def client_frame(self, conn: Connection, frame: Frame) -> None:
-        kind, handle, seq, payload = frame
+        kind, _handle, seq, payload = frame
         session, now = self.session, self.world.now
         if kind == Type.CONNECT:
             self._connect(conn)
@@ -412,7 +146,9 @@ class Node:
 
     def _attachment(self, conn: Connection) -> Attachment:
         client = self.owners[conn]
-        attachment = Attachment(client.id, conn.far, HANDLE, DeviceId(b"D" * 32), client.mode, f"client {client.number}")
+        attachment = Attachment(
+            client.id, conn.far, HANDLE, DeviceId(b"D" * 32), client.mode, f"client {client.number}"
+        )
         attachment.exact, attachment.answers = client.exact, not client.exact
         attachment.window = self.world.config.window
         attachment.cols, attachment.rows = 80, 24
@@ -503,7 +239,9 @@ class Pod:
             position, items = self.handled_input.get(lane.id, (self.world.config.input_start, []))
             size = len(item.data) if item.kind == Type.DATA else 1
             client = self.world.by_id[lane.id]
-            check(item.end - size == position, f"client {client.number}: {item.end - size} handled, {position} was next")
+            check(
+                item.end - size == position, f"client {client.number}: {item.end - size} handled, {position} was next"
+            )
             if item.kind == Type.DATA:
                 check(item.data == true_bytes(client.number, position, size), f"wrong input at {position}")
             items.append((item.kind, b"" if item.kind == Type.DATA else item.data))
@@ -726,19 +464,26 @@ class World:
         session, log, config = self.node.session, self.log, self.config
         pod = self.pod.session
         if pod is not None:
-            check(pod.out.base <= log.end, f"output up to {pod.out.base} was acknowledged, the journal ends at {log.end}")
+            check(
+                pod.out.base <= log.end, f"output up to {pod.out.base} was acknowledged, the journal ends at {log.end}"
+            )
             check(log.end <= pod.out.end, "the journal holds what the program never wrote")
             check(pod.out.end - pod.out.base <= config.pod_window, "the pod's window was exceeded")
-            handles = self.pod.machine._handles  # noqa: SLF001 - memory must stay bounded, and only this shows it
-            check(all(conn.far in handles for conn in self.pod.conns) and len(handles) == len(self.pod.conns), "links leak")
+            handles = self.pod.machine._handles  # only this shows that memory stays bounded
+            check(
+                all(conn.far in handles for conn in self.pod.conns) and len(handles) == len(self.pod.conns),
+                "links leak",
+            )
         for attachment in session.attachments.values():
             check(attachment.cursor - attachment.acked <= attachment.window, "a client's window was exceeded")
             check(attachment.session is session, "an attachment that has left is still registered")
         for lane in session.lanes.values():
             check(lane.handled <= lane.next <= lane.handled + limits.WINDOW_BYTES, "an input window was exceeded")
-            check(lane.attachment is None or session.attachments.get(lane.id) is lane.attachment, "a lane names a ghost")
+            check(
+                lane.attachment is None or session.attachments.get(lane.id) is lane.attachment, "a lane names a ghost"
+            )
         check(len(session.lanes) <= limits.LANES_MAX, "too many lanes")
-        captures = session._captures  # noqa: SLF001 - memory must stay bounded, and only this shows it
+        captures = session._captures  # only this shows that memory stays bounded
         check(len(captures) <= len(session.attachments), "captures leak")
         if session.state is State.ACTIVE:
             check(session.attachments, "active with nobody attached")
@@ -746,7 +491,10 @@ class World:
             check(not session.attachments, "suspended with somebody attached")
         for client in self.clients:
             done = self.pod.handled_input.get(client.id, (config.input_start, []))[0]
-            check(client.out.base <= done <= client.out.end, f"client {client.number} knows of {client.out.base}, done {done}")
+            check(
+                client.out.base <= done <= client.out.end,
+                f"client {client.number} knows of {client.out.base}, done {done}",
+            )
         bound = config.capacity + 2 * max(config.window, config.pod_window) + 66_000
         for conn in self._connections():
             check(max(conn.up.size, conn.down.size) <= bound, "too much is queued on a connection")
@@ -783,7 +531,9 @@ class World:
     def _mark(self) -> tuple[object, ...]:
         pod = self.pod.session
         ends = (pod.out.base, pod.out.end, pod.out.sent) if pod is not None else ()
-        streams = [(c.out.base, c.out.sent, c.intake.next, c.intake.acked, c.attached, bool(c.closed)) for c in self.clients]
+        streams = [
+            (c.out.base, c.out.sent, c.intake.next, c.intake.acked, c.attached, bool(c.closed)) for c in self.clients
+        ]
         return self.log.end, ends, tuple(streams), self.pod.to_write
 
     def _arrived(self) -> None:
@@ -797,4 +547,6 @@ class World:
                 continue
             check(client.intake.next == end, f"client {client.number} stands at {client.intake.next} of {end}")
             if client.mode == "drive" and self.node.session.ended is None:
-                check(client.out.base == client.out.end, f"input {client.out.base} of {client.out.end} was acknowledged")
+                check(
+                    client.out.base == client.out.end, f"input {client.out.base} of {client.out.end} was acknowledged"
+                )

@@ -1,4 +1,4 @@
-"""A session with its pod and three clients through seeded runs of faults; and controls: broken machines are found out."""
+"""A session with its pod and three clients through seeded faults; and controls: broken machines are found out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sterna.protocol.link import Link
 from sterna.protocol.podside import Input, PodMachine, PodSession
 from sterna.protocol.session import Attachment, Session
 from sterna.protocol.stream import Intake, SendStream
+from tests.simulation.session_parts import Config, ViolationError
 from tests.simulation.session_steps import run
-from tests.simulation.session_world import Config, Violation
 
 FIRST = int(os.environ.get("STERNA_TEST_SEED", "0"))
 """The seed of the first run: another number tries other faults."""
@@ -52,11 +52,11 @@ def test_the_same_with_real_windows() -> None:
 
 
 def fault_is_found(**classes: Any) -> str:
-    """Returns what gave a broken machine away, in one of 60 runs."""
+    """Returns what gave a broken machine away in one of 60 runs."""
     for seed in range(60):
         try:
             run(seed, config(seed, **classes), exits=seed % 2 > 0)
-        except (Violation, ProtocolError) as error:
+        except (ViolationError, ProtocolError) as error:
             print(f"seed {seed}: {error}")
             return str(error)
     raise AssertionError("nothing noticed the fault")
@@ -73,7 +73,8 @@ class AcknowledgesFirst(Session):
         self.__dict__.setdefault("held", []).append((seq, payload))
         held = self.__dict__["held"]
         if len(held) > 1:
-            super().pod_data(*held.pop(0), now)
+            first_seq, first_payload = held.pop(0)
+            super().pod_data(first_seq, first_payload, now)
 
 
 class PromisesInput(Session):
@@ -182,7 +183,9 @@ class HandledAtOnce(Intake):
 
 
 @pytest.mark.parametrize("broken", [TakesDuplicates, HandledAtOnce])
-def test_control_a_broken_receiver_at_the_pod_is_found_out(broken: type[Intake], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_a_broken_receiver_at_the_pod_is_found_out(
+    broken: type[Intake], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(podside, "Intake", broken)
     fault_is_found()
 

@@ -39,7 +39,8 @@ OTHERS = {
     b"\x1b[65;1;1;2;2$x", "DECCRA": b"\x1b[1;1;2;2;1;1;1;1$v", "DECSCA": b'\x1b[1"q', "sixel": b"\x1bPq#0~~\x1b\\",
     "sixel with numbers": b"\x1bP0;1;0q#0~~\x1b\\", "kitty image": b"\x1b_Gi=1,a=T;AAAA\x1b\\", "prompt mark":
     b"\x1b]133;A\x07", "iTerm2 image": b"\x1b]1337;File=inline=1:" + b"QUJD" * 3_000 + b"\x07", "linux cursor":
-    b"\x1b[?6c", "pop SGR": b"\x1b[#}\x1b[#{", "reset": b"\x1bc\x1b=\x1b>\x1b(0\x1b(B", "lone controls": b"\x18\x1a\x07",
+    b"\x1b[?6c", "pop SGR": b"\x1b[#}\x1b[#{", "reset": b"\x1bc\x1b=\x1b>\x1b(0\x1b(B",
+    "lone controls": b"\x18\x1a\x07",
     "DECRC, then n": b"\x1b8n\x1b[1n",
 }  # fmt: skip
 AROUND = (b"before\x1b[1m", b"\x1b[mafter")

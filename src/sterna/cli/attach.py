@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sterna.cli.options import node_options
+from sterna.cli.ssh import ssh_options
 
 
 @click.command()
@@ -16,12 +17,15 @@ from sterna.cli.options import node_options
 @click.option("--escape", default="~", help="The escape character, or `none`.", show_default=True)
 @click.option("--clipboard", is_flag=True, help="Let the session write the clipboard (OSC 52).")
 @click.option("--notify", is_flag=True, help="Pass bell and exit on as desktop notifications.")
+@ssh_options
 @node_options
 def attach(
     target: str | None, name: str | None, fresh: bool, watch: bool, displace: bool, escape: str, clipboard: bool, notify: bool,
     state: str | None, host: str | None, port: int | None,
 ) -> int:  # fmt: skip
     """A terminal on a session: your latest with an AGENT, one by NAME, or the one of a share LINK.
+
+    `sterna attach user@host` sets the other machine up over your own ssh, then connects directly.
 
     After a newline, `~d` detaches, `~.` drops the connection and `~?` shows help.
     """

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "devices": ("access", "List the devices that have been here."),
     "doctor": ("doctor", "Check this machine and say what to do."),
     "down": ("up", "Stop what `sterna up` started: the node and its agents."),
+    "invite": ("ssh", ""),
     "info": ("sessions", "Show one session in detail."),
     "ls": ("sessions", "List sessions and agents."),
     "new": ("attach", "Begin a new session and print its name."),
@@ -31,12 +32,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rename": ("sessions", "Give a session another name."),
     "revoke": ("access", "Refuse a device or an access token from now on."),
     "send": ("script", "Type text into a session."),
+    "service": ("service", "Run the node as a service of your systemd."),
     "share": ("access", "Print a link and a QR code for another device."),
     "token": ("access", "Issue an access token."),
     "up": ("up", "Everything on this machine: node and agent."),
     "wait": ("script", "Wait for a session's end, a text, or quiet."),
 }
-"""Every command: its module in this package, and its line in the overview."""
+"""Every command: its module in this package, and its line in the overview ("": not shown)."""
 
 
 class LazyGroup(click.Group):
@@ -57,7 +59,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, line) for name, (_, line) in sorted(COMMANDS.items()) if line])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)

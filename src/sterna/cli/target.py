@@ -15,7 +15,12 @@ def choose(
     """Returns the node and the wish for `attach` and its kin; raises SternaError with what to do."""
     if target is not None and is_link(target):
         return find(state=state, link=target), Wish("join")
-    endpoint = find(state=state, host=host, port=port)
+    if target is not None and ("@" in target or target.startswith("ssh://")):
+        from sterna.cli.ssh import reach
+
+        endpoint, target = reach(target, state=state, port=port)
+    else:
+        endpoint = find(state=state, host=host, port=port)
     agent = target or DEFAULT_AGENT
     if name is not None:
         return endpoint, Wish("named", agent=agent, name=name)

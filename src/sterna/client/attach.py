@@ -209,7 +209,7 @@ class Attach:
             self._end(event.close)
         elif isinstance(event, machine_events.Suspended):
             self._left = "detached"
-        else:
+        elif isinstance(event, machine_events.Failed):
             self._error = event.error
 
     def _output(self, event: machine_events.Output) -> None:

@@ -65,6 +65,7 @@ def make_machine(
     """Returns a machine that connects to `endpoint` and attaches as wished; `size` in columns and rows (0: no terminal).
 
     `state` is the base of the client's own state. `exact` asks for every byte, from position `output` or the oldest kept.
+    `saved` goes on with an earlier process's attachment, or repeats its CONNECT whose answer it may not have had.
     Raises TrustError or StorageError when the device key cannot be used.
     """
     directory = client_state(state)
@@ -72,7 +73,8 @@ def make_machine(
     if endpoint.session is not None:
         wish = Wish("join", uid=endpoint.session)
     body = ConnectBody(
-        context=CONTEXT_CONNECT, node=endpoint.node_id, request=os.urandom(16), key=key.public, attachment=os.urandom(16),
+        context=CONTEXT_CONNECT, node=endpoint.node_id, request=saved.request if saved is not None else os.urandom(16),
+        key=key.public, attachment=saved.attachment if saved is not None else os.urandom(16),
         credential=endpoint.credential, agent=wish.agent, want=wish.want, name=wish.name, uid=wish.uid, label=device_label(),
         mode="watch" if endpoint.watch else mode, exact=exact, displace=displace, output=output, cols=size[0], rows=size[1],
         term=term, argv=wish.argv, cwd=wish.cwd, env=forwarded_environment(),

@@ -10,14 +10,13 @@ import re
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from sterna.client.terminal import ModeTracker
 from sterna.errors import SternaError
 from sterna.limits import CLIENT_TAIL_BYTES, LABEL_MAX_CHARS
 from sterna.units import MILLISECOND
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from sterna.client.terminal import ModeTracker
 
 STATUS_DELAY_MS = 1_000
 STATUS_EVERY_MS = 1_000
@@ -33,6 +32,9 @@ _SEQUENCE = re.compile(
     rb"\x1b(?:\[[\x00-\x17\x19\x1c-\x3f\x7f]*[@-~]|\][^\x07\x18\x1a]*[\x07\x18\x1a]|[PX^_][^\x18\x1a]*[\x18\x1a]"
     rb"|[ -/]*[0-OQ-WYZ\\`-~])"
 )
+# What places the cursor, with a clearing of the whole screen just before it.
+_PLACED = re.compile(rb"(?:\x1b\[2J(?:\x1b\[[0-9;]*m)*)?\x1b(?:\[[0-9;]*[Hf]|c)")
+_SAVED = re.compile(rb"\x1b(?:(?P<save>7|\[s|\[\?[0-9;]*104[89][0-9;]*h)|8|\[u|\[\?[0-9;]*104[89][0-9;]*l)")
 # What may change the style: SGR, a restored cursor, a reset, or a sequence that is cut.
 _STYLES = re.compile(rb"\x1b(?:\[[0-9;:]*m|8|c|\[!p|\[u|\[\?[0-9;]*l|\Z|\[[0-?]*\Z)")
 _MODEL_ERRORS = (ImportError, OSError, RuntimeError, ValueError, SternaError)
@@ -63,12 +65,13 @@ class ScreenModel(Protocol):
 class OutputTail:
     """The last of the session's output that was written to the terminal, kept cheaply."""
 
-    __slots__ = ("_limit_bytes", "_pieces", "_size", "styled")
+    __slots__ = ("_limit_bytes", "_pieces", "_size", "before", "styled")
 
     def __init__(self, limit_bytes: int = CLIENT_TAIL_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._pieces: deque[bytes] = deque()
         self._size = 0
+        self.before = ModeTracker()  # the modes where the tail begins
         self.styled = False  # whether a style other than the default may have been selected where the tail begins
 
     def append(self, data: bytes) -> None:
@@ -94,9 +97,16 @@ class OutputTail:
 
     def _drop(self, piece: bytes) -> None:
         self._size -= len(piece)
-        if b"\x1b" in piece:
-            reset = max(piece.rfind(b"\x1b[m"), piece.rfind(b"\x1b[0m"))
-            self.styled = bool(_STYLES.search(piece, reset + 3 if reset >= 0 else 0)) or (self.styled and reset < 0)
+        self.before.feed(piece)
+        self.styled = may_be_styled(piece, self.styled)
+
+
+def may_be_styled(data: bytes, before: bool) -> bool:
+    """Returns whether a style other than the default may be selected after `data`, if one may have been `before`."""
+    if b"\x1b" not in data:
+        return before
+    reset = max(data.rfind(b"\x1b[m"), data.rfind(b"\x1b[0m"))
+    return bool(_STYLES.search(data, reset + 3 if reset >= 0 else 0)) or (before and reset < 0)
 
 
 def unfinished(data: bytes) -> bytes | None:
@@ -162,8 +172,8 @@ class StatusLine:
     """
 
     __slots__ = (
-        "_color", "_hint", "_last", "_make_screen", "_message", "_model", "_modes", "_next_ns", "_row", "_shown", "_since_ns",
-        "_size", "_tail", "_title", "_unicode", "_unfinished",
+        "_color", "_hint", "_last", "_make_screen", "_message", "_model", "_modes", "_next_ns", "_row", "_shown",
+        "_since_ns", "_size", "_tail", "_title", "_unicode", "_unfinished",
     )  # fmt: skip
 
     def __init__(
@@ -244,38 +254,84 @@ class StatusLine:
         self._unfinished = rest
         self._last = _last_printed(data[: len(data) - len(rest)]) if self._modes.appends else ""
         self._size = (cols, rows)
-        self._title = True
-        if self._make_screen is None or rows < 2 or cols < 2 or not self._modes.addressable:
-            return True
-        try:
-            row = self._build(data, cols, rows)
-        except _MODEL_ERRORS:
-            return True
-        if row is not None:
-            self._row = row
-            self._title = False
+        row = None
+        if self._make_screen is not None and rows >= 2 and cols >= 2 and self._modes.addressable:
+            try:
+                row = self._build(data, cols, rows)
+            except _MODEL_ERRORS:
+                self._forget()
+        self._row = -1 if row is None else row
+        self._title = row is None
         return True
 
     def _build(self, data: bytes, cols: int, rows: int) -> int | None:
         """Builds the model and returns the row to draw on, None when the screen is not known well enough.
 
-        Where the output began, cells, cursor and style were unknown: two models that began differently show what is
-        certain now.
+        Cells count only from where the cursor's place is certain. Two models that begin there with another style and
+        another saved cursor show what depends on what was before.
         """
         assert self._make_screen is not None
-        model, other = self._make_screen(cols, rows), self._make_screen(cols, rows)
-        model.feed(_unknown_screen(cols, rows) + b"\x1b[%d;1H" % rows + data)
-        other.feed(_unknown_screen(cols, rows) + (b"\x1b[H\x1b[1;4m" if self._tail.styled else b"\x1b[H") + data)
-        cursor_row, column, wraps = model.cursor()
-        if (cursor_row, column, wraps) != other.cursor() or model.pen_vt() != other.pen_vt():
+        start = self._certain_from(data, cols, rows)
+        if start is None:
+            return None
+        place, position = start
+        modes = ModeTracker()
+        modes.feed(self._tail.before.replay + data[:position])
+        if not modes.addressable:
+            return None
+        styled = b"\x1b[1;2;3;4;5;7;8;9;33;44;53m" if may_be_styled(data[:position], self._tail.styled) else b""
+        models = []
+        for saved in (b"\x1b[%d;%dH\x1b7" % (rows, cols), b"\x1b[H%b\x1b7" % styled):
+            models.append(self._make_screen(cols, rows))
+            unknown = _unknown_screen(cols, rows, saved, alternate=modes.alternate)
+            models[-1].feed(unknown + place + modes.replay + data[position:])
+        model, other = models
+        cursor_row, _, wraps = model.cursor()
+        if model.cursor() != other.cursor() or model.pen_vt() != other.pen_vt():
             return None
         known = [row for row in range(rows) if _is_known(row, model, other)]
         if wraps and cursor_row not in known:
             return None
         self._model = model
-        known = [row for row in known if row != cursor_row]
-        blank = (row for row in reversed(known) if not model.row_text(row).strip() and not self._painted(row))
-        return next(blank, known[0] if known else None)
+        free = [row for row in known if row != cursor_row]
+        blank = (row for row in reversed(free) if not model.row_text(row).strip() and not self._painted(row))
+        row = next(blank, free[0] if free else None)
+        return row if row is not None and self._leaves_no_trace(row, model, other, known) else None
+
+    def _leaves_no_trace(self, row: int, model: ScreenModel, other: ScreenModel, known: list[int]) -> bool:
+        """Tries the line out on the other model."""
+        self._row = row
+        other.feed(self._draw(0) + self._erase())
+        self._row = -1
+        self._shown = 0
+        same = model.cursor() == other.cursor() and model.pen_vt() == other.pen_vt()
+        return same and all(model.row_vt(row) == other.row_vt(row) for row in known)
+
+    def _certain_from(self, data: bytes, cols: int, rows: int) -> tuple[bytes, int] | None:
+        """Returns what places the cursor, and the position in `data` from which its place is certain.
+
+        That is the first absolute placement, or, in output that only scrolls, any point at which cursors that began
+        in opposite corners have met.
+        """
+        found = _PLACED.search(data)
+        while found:
+            restored = _restored(data, found.start())
+            if not restored:
+                return b"", found.start()
+            found = _PLACED.search(data, restored)
+        middle = data.rfind(b"\n", 0, len(data) // 2) + 1
+        if not middle or _restored(data, middle):
+            return None
+        assert self._make_screen is not None
+        cursors = []
+        for corner in (b"\x1b[H", b"\x1b[%d;%dH" % (rows, cols)):
+            model = self._make_screen(cols, rows)
+            model.feed(corner + self._tail.before.replay + data[:middle])
+            cursors.append(model.cursor())
+        row, column, wraps = cursors[0]
+        if cursors[0] != cursors[1] or wraps:
+            return None
+        return b"\x1b[%d;%dH" % (row + 1, column + 1), middle
 
     def _text(self, elapsed: int) -> str:
         dots = "…" if self._unicode else "..."
@@ -355,10 +411,20 @@ class StatusLine:
         return erased
 
 
-def _unknown_screen(cols: int, rows: int) -> bytes:
-    """Returns what fills a screen with cells that count as unknown until the output overwrites or clears them."""
+def _unknown_screen(cols: int, rows: int, saved: bytes, *, alternate: bool) -> bytes:
+    """Returns what fills both screens with cells that count as unknown until the output overwrites or clears them.
+
+    `saved` saves a cursor on each.
+    """
     line = (_UNKNOWN_CELL * cols).encode()
-    return b"".join(b"\x1b[%d;1H%b" % (row + 1, line) for row in range(rows))
+    filled = b"\x1b[m" + b"".join(b"\x1b[%d;1H%b" % (row + 1, line) for row in range(rows)) + saved
+    return b"\x1b[?47h" + filled + b"\x1b[?47l" + filled + (b"\x1b[?47h" if alternate else b"")
+
+
+def _restored(data: bytes, position: int) -> int:
+    """Returns where, after `position`, a cursor has been restored that was saved before it; 0 when none has."""
+    found = _SAVED.search(data, position)
+    return found.end() if found and not found["save"] else 0
 
 
 def _is_known(row: int, model: ScreenModel, other: ScreenModel) -> bool:

@@ -30,7 +30,7 @@ DEFAULT_SIZE = (80, 24)
 
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
-_FIND_MODES = re.compile(
+_MODES = (
     # The sequences that full screens are made of are left out early: that is several times as fast.
     rb"\x1b(?!\[[0-9;]*+[mHKJABCDGLMPXd])(?:"
     rb"\[\?(?P<private>[0-9;]+)(?P<set>[hl])"
@@ -43,19 +43,21 @@ _FIND_MODES = re.compile(
     rb"|(?P<slot>[()*+])(?P<charset>[0-~])"
     rb"|\](?P<colour>4|1[0-2]);(?!\?|\Z)|\]1(?P<default>04|1[0-2])(?=[;\x07\x1b])"
     rb"|(?P<link>\]8;)"
-    rb")",
-    re.DOTALL,
+    rb"|(?P<save>7|\[s)|(?P<restore>8|\[u)"
+    rb")"
 )
+_FIND_MODES = re.compile(_MODES)
+_SHIFTS_AND_MODES = rb"(?P<shift>[\x0e\x0f])|" + _MODES
 
 _CURSOR_KEYS, _REVERSE, _ORIGIN, _WRAP, _CURSOR, _MARGINS, _SYNCHRONIZED = 1, 5, 6, 7, 25, 69, 2026
 _MOUSE_AND_FOCUS = frozenset((9, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016))
 _SCREENS = (47, 1047, 1049)
+_SAVING = (1048, 1049)
 _OFF_AT_FIRST = frozenset(
     (_CURSOR_KEYS, _REVERSE, _ORIGIN, 66, _MARGINS, *_MOUSE_AND_FOCUS, 2004, _SYNCHRONIZED, 2031, 2048, *_SCREENS)
 )
 _ON_AT_FIRST = frozenset((_WRAP, _CURSOR))
 _INSERT, _NEWLINE = 4, 20
-_SOFT_RESET = frozenset((_CURSOR_KEYS, _ORIGIN, _WRAP, _CURSOR, 66, _MARGINS))
 
 
 class TerminalGoneError(SternaError):
@@ -73,7 +75,7 @@ class ModeTracker:
 
     __slots__ = (
         "_ansi", "_carried", "_charsets", "_colours", "_keypad", "_kitty_depth", "_kitty_set", "_link", "_resources",
-        "_seen", "_shape", "_shifted", "changed", "regions",
+        "_saved", "_seen", "_shape", "_shifted", "_unsure", "changed", "region",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ class ModeTracker:
 
     def _reset(self) -> None:
         self.changed: set[int] = set()  # private modes that are not as a terminal has them at first
-        self.regions: dict[bool, bytes] = {}  # scroll region by "alternate screen?"
+        self.region = b""  # the scroll region's parameters; it is one for both screens
         self._ansi: set[int] = set()
         self._charsets: dict[bytes, bytes] = {}
         self._colours: set[bytes] = set()
@@ -92,8 +94,10 @@ class ModeTracker:
         self._kitty_set: set[bool] = set()
         self._link = False
         self._resources: set[bytes] = set()
+        self._saved: dict[bool, tuple[bool, dict[bytes, bytes], bool]] = {}  # by "alternate screen?", as DECSC does
         self._shape = False
         self._shifted = False
+        self._unsure = False
 
     @property
     def alternate(self) -> bool:
@@ -102,8 +106,8 @@ class ModeTracker:
 
     @property
     def addressable(self) -> bool:
-        """Whether any cell can be addressed and written: no origin mode, no left and right margins."""
-        return _ORIGIN not in self.changed and _MARGINS not in self.changed
+        """Whether any cell can be addressed and written: no origin mode, no left and right margins, nothing unsure."""
+        return not self._unsure and _ORIGIN not in self.changed and _MARGINS not in self.changed
 
     @property
     def appends(self) -> bool:
@@ -128,18 +132,28 @@ class ModeTracker:
         parts += [b"\x1b[4h"] if _INSERT in self._ansi else []
         return b"".join(parts)
 
+    @property
+    def replay(self) -> bytes:
+        """What gives a terminal as it is at first the modes that matter to where output appears, but for the screen."""
+        parts = [b"\x1b%b%b" % item for item in sorted(self._charsets.items()) if item[1]]
+        parts += [b"\x0e"] if self._shifted else []
+        parts += [b"\x1b[%dh" % number for number in sorted(self._ansi)]
+        parts += [b"\x1b[?7l"] if _WRAP in self.changed else []
+        # Where these may be on, nothing is drawn; they only have to be noticed. Both move the cursor.
+        parts += [b"\x1b[?%dh" % number for number in (_ORIGIN, _MARGINS) if number in self.changed]
+        parts += [b"\x1b7\x1b[%br\x1b8" % self.region] if self.region else []
+        return b"".join(parts)
+
     def feed(self, data: bytes) -> None:
         """Takes output as it was written to the terminal."""
-        if self._shifted or b"\x0e" in data:
-            out, back = data.rfind(b"\x0e"), data.rfind(b"\x0f")
-            self._shifted = out > back or (out == back and self._shifted)
         if self._carried and self._carry_on(data):
             return
-        if b"\x1b" not in data:
+        shifts = self._shifted or b"\x0e" in data
+        if not shifts and b"\x1b" not in data:
             return
         self._seen = True
         last = -1
-        for found in _FIND_MODES.finditer(data):
+        for found in (re.compile(_SHIFTS_AND_MODES) if shifts else _FIND_MODES).finditer(data):
             self._note(found)
             last = found.start()
         start = data.rfind(b"\x1b", max(0, len(data) - SEQUENCE_CARRIED_MAX_BYTES))
@@ -152,23 +166,28 @@ class ModeTracker:
         found = _FIND_MODES.match(joined)
         if found:
             self._note(found)
-        elif b"\x1b" not in data and len(joined) <= SEQUENCE_CARRIED_MAX_BYTES:
+        elif (
+            b"\x1b" not in data
+            and b"\x0e" not in data
+            and not self._shifted
+            and len(joined) <= SEQUENCE_CARRIED_MAX_BYTES
+        ):
             self._carried = joined
             return True
         self._carried = b""
         return False
 
     def _note(self, found: re.Match[bytes]) -> None:
-        if found["private"]:
+        if found.lastgroup == "shift":
+            self._shifted = found["shift"] == b"\x0e"
+        elif found["private"]:
             for number in _numbers(found["private"]):
                 self._note_private(number, found["set"] == b"h")
         elif found["ansi"]:
             change = self._ansi.update if found["on"] == b"h" else self._ansi.difference_update
             change(number for number in _numbers(found["ansi"]) if number in (_INSERT, _NEWLINE))
         elif found["region"] is not None:
-            self.regions.pop(self.alternate, None)
-            if found["region"].strip(b";"):
-                self.regions[self.alternate] = found["region"]
+            self.region = found["region"].strip(b";") and found["region"]
         elif found["shape"] is not None:
             self._shape = bool(found["shape"].strip(b"0"))
         elif found["kitty"]:
@@ -187,15 +206,32 @@ class ModeTracker:
         elif found["link"]:
             self._link = True
         elif found["soft"]:
-            self._soft_reset()
+            # Terminals differ in what DECSTR resets, so what was on may be on.
+            self._unsure |= bool(self.changed or self._ansi or any(self._charsets.values()) or self._shifted)
         elif found["full"]:
             self._reset()
+        elif found["save"]:
+            self._save()
+        elif found["restore"]:
+            self._restore()
+
+    def _save(self) -> None:
+        self._saved[self.alternate] = (_ORIGIN in self.changed, dict(self._charsets), self._shifted)
+
+    def _restore(self) -> None:
+        origin, self._charsets, self._shifted = self._saved.get(self.alternate, (False, {}, False))
+        self._charsets = dict(self._charsets)
+        self._note_private(_ORIGIN, origin)
 
     def _note_private(self, number: int, on: bool) -> None:
+        if number in _SAVING and on:
+            self._save()
         if number in _OFF_AT_FIRST if on else number in _ON_AT_FIRST:
             self.changed.add(number)
         else:
             self.changed.discard(number)
+        if number in _SAVING and not on:
+            self._restore()
 
     def _note_kitty(self, kind: bytes, flags: bytes) -> None:
         screen = self.alternate
@@ -209,13 +245,6 @@ class ModeTracker:
         else:
             self._kitty_set.discard(screen)
 
-    def _soft_reset(self) -> None:
-        self.changed -= _SOFT_RESET
-        self.regions.pop(self.alternate, None)
-        self._ansi.discard(_INSERT)
-        self._charsets.clear()
-        self._keypad = False
-
     @property
     def noisy(self) -> bool:
         """Whether the terminal may have sent reports (mouse, focus) that nobody reads any more."""
@@ -223,9 +252,8 @@ class ModeTracker:
 
     def undo(self) -> bytes:
         """Returns what brings the terminal back to its first state; nothing when no sequence was seen."""
-        if not self._seen and not self._shifted:
+        if not self._seen:
             return b""
-        alternate = self.alternate
         # ST ends a string that the output may have been cut in; elsewhere it does nothing.
         parts = [b"\x1b\\"]
         off = sorted(self.changed & (_OFF_AT_FIRST - {_ORIGIN, _MARGINS, *_SCREENS}))
@@ -240,26 +268,21 @@ class ModeTracker:
         parts += [b"\x1b]8;;\x1b\\"] if self._link else []
         parts += [b"\x1b]1%b\x1b\\" % (b"04" if colour == b"4" else colour) for colour in sorted(self._colours)]
         parts.append(b"\x1b[m")
-        if alternate:
-            parts += [self._undo_kitty(True), self._undo_region(True)]
+        region = [b"\x1b[?%dl" % number for number in (_ORIGIN, _MARGINS) if number in self.changed]
+        region += [b"\x1b[r"] if self.region else []
+        parts += region
+        if self.alternate:
+            parts.append(self._undo_kitty(True))
             parts += [b"\x1b[?%dl" % number for number in _SCREENS if number in self.changed]
-        parts += [self._undo_kitty(False), self._undo_region(False)]
+        elif region:
+            # That has moved the cursor to the top; a prompt belongs to the bottom.
+            parts.append(b"\x1b[%d;1H" % SIZE_MAX_CELLS)
+        parts.append(self._undo_kitty(False))
         return b"".join(parts)
 
     def _undo_kitty(self, screen: bool) -> bytes:
         popped = b"\x1b[<%du" % self._kitty_depth[screen] if self._kitty_depth[screen] else b""
         return popped + (b"\x1b[=0u" if screen in self._kitty_set else b"")
-
-    def _undo_region(self, screen: bool) -> bytes:
-        """A reset region moves the cursor to the top; on the screen that stays it then goes to the bottom."""
-        parts = []
-        if screen == self.alternate:
-            parts += [b"\x1b[?%dl" % number for number in (_ORIGIN, _MARGINS) if number in self.changed]
-        if screen in self.regions:
-            parts.append(b"\x1b[r")
-        if parts and not screen:
-            parts.append(b"\x1b[%d;1H" % SIZE_MAX_CELLS)
-        return b"".join(parts)
 
 
 def _numbers(parameters: bytes) -> list[int]:
@@ -275,7 +298,19 @@ class Terminal:
     Use it in the main thread only.
     """
 
-    __slots__ = ("_blocking", "_handlers", "_in", "_out", "_own_out", "_saved", "_wake", "_wake_before", "modes")
+    __slots__ = (
+        "_blocking",
+        "_ending",
+        "_guarded",
+        "_handlers",
+        "_in",
+        "_out",
+        "_own_out",
+        "_saved",
+        "_wake",
+        "_wake_before",
+        "modes",
+    )
 
     def __init__(self, in_fd: int = 0, out_fd: int = 1) -> None:
         if not os.isatty(in_fd):
@@ -284,6 +319,8 @@ class Terminal:
         self._out = out_fd
         self._own_out = -1
         self._blocking = True
+        self._guarded = False
+        self._ending = 0
         self._saved: list[Any] = []
         self._handlers: dict[int, Any] = {}
         self._wake = (-1, -1)
@@ -358,8 +395,15 @@ class Terminal:
 
         Raises `TerminalGoneError` when it is gone.
         """
-        written = self._write(data)
-        self.modes.feed(data if written == len(data) else data[:written])
+        # What was written must be known before a signal may end the program, else it would not be undone.
+        self._guarded = not self._blocking
+        try:
+            written = self._write(data)
+            self.modes.feed(data if written == len(data) else data[:written])
+        finally:
+            self._guarded = False
+        if self._ending:
+            raise SystemExit(128 + self._ending)
         return written
 
     def write_all(self, data: bytes, timeout_ms: int) -> bool:
@@ -431,7 +475,9 @@ class Terminal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in _ENDING_SIGNALS:
-            raise SystemExit(128 + number)
+            self._ending = number
+            if not self._guarded:
+                raise SystemExit(128 + number)
         if number == signal.SIGCONT:
             # Whoever had the terminal meanwhile (a shell's `fg`) has set its own mode.
             with contextlib.suppress(termios.error):
@@ -441,6 +487,7 @@ class Terminal:
         for number in self._handlers:
             if number in _ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
+        self._ending = 0
         noisy = self.modes.noisy
         with contextlib.suppress(TerminalGoneError):
             self.write_all(self.modes.undo(), RESTORE_MAX_MS)

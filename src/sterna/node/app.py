@@ -23,6 +23,7 @@ from sterna.node.store import Store
 from sterna.node.table import SessionTable
 from sterna.protocol.frame import Type
 from sterna.protocol.session import Session
+from sterna.protocol.states import State
 from sterna.transport.listen import Listener, peer_uid, tcp_socket, unix_socket
 from sterna.transport.pump import Reactor
 from sterna.transport.ticker import Ticker
@@ -36,7 +37,7 @@ log = logging.getLogger("sterna.node")
 LOCAL_SOCKET = "node.sock"
 _SWEEP_SECONDS = 1.0
 _EVICT_EVERY = 10
-_HOUSEKEEP_EVERY = 600
+_HOUSEKEEP_EVERY = 60
 _RENEW_EVERY = 86_400
 _DEAD_AFTER = 3
 _DRAIN_SECONDS = 5.0
@@ -120,15 +121,15 @@ class Node:
         """After a restart of the machine no program lives on: its sessions are named as ended, never replaced."""
         boot = self.table.boot
         if self.store.meta("boot") not in (None, boot):
-            after = 0
-            while batch := self.store.sessions(None, None, after, 500):
+            after, living = 0, (State.CONNECTING, State.ACTIVE, State.SUSPENDED)
+            wall = SYSTEM_CLOCK.wall()
+            while batch := self.store.sessions(None, living, after, 500):
                 after = batch[-1].number
-                for row in batch:
-                    if row.boot != boot and row.state in ("connecting", "active", "suspended"):
-                        reason = "The machine was restarted."
-                        self.store.set_end(
-                            row.number, int(Code.AGENT_LOST), reason, None, None, b"", SYSTEM_CLOCK.wall()
-                        )
+                with self.store.transaction():
+                    for row in batch:
+                        if row.boot != boot:
+                            reason = "The machine was restarted."
+                            self.store.set_end(row.number, int(Code.AGENT_LOST), reason, None, None, b"", wall)
         self.store.set_meta("boot", boot)
 
     def _remote(self, sock: socket.socket, peer: str) -> None:
@@ -177,11 +178,9 @@ class Node:
         if self._sweeps % _HOUSEKEEP_EVERY == 0:
             self.table.purge()
             self.reactor.loop.run_in_executor(None, self.store.checkpoint)
-        if self._sweeps % _RENEW_EVERY == 0 and self._tls is not None:
-            if self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
-                self._tls.context = self.identity.server_context(
-                    certificate=self.config.tls_cert, key=self.config.tls_key
-                )
+        if self._sweeps % _RENEW_EVERY == 0 and self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
+            assert self._tls is not None
+            self._tls.context = self.identity.server_context(certificate=self.config.tls_cert, key=self.config.tls_key)
         self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
 
     def _late(self, now: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -74,7 +75,7 @@ class Calls:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._methods = {
+        self._methods: dict[str, tuple[Callable[[Visitor, Any], dict[str, Any]], type[Any]]] = {
             "list": (self._list, _Page),
             "info": (self._info, _Which),
             "node": (self._about, _Page),
@@ -209,7 +210,8 @@ class Calls:
         return {"displaced": count}
 
     def _share(self, visitor: Visitor, request: _Share) -> dict[str, Any]:
-        if request.mode not in ("drive", "watch") or not 0 < request.ttl <= _TTL_MAX_SECONDS:
+        mode: messages.Mode = "watch" if request.mode == "watch" else "drive"
+        if request.mode != mode or not 0 < request.ttl <= _TTL_MAX_SECONDS:
             raise RefusedError(Code.BAD_REQUEST, "A share has mode drive or watch and lives for 1 second to 30 days.")
         row = self._row(visitor, request.session, request.mode)
         if not visitor.owner:
@@ -217,7 +219,7 @@ class Calls:
         text, hashed = new_ticket()
         wall = SYSTEM_CLOCK.wall()
         self._node.store.add_ticket(
-            hashed, visitor.tenant, row.number, row.agent, request.mode, wall + request.ttl * SECOND, wall
+            hashed, visitor.tenant, row.number, row.agent, mode, wall + request.ttl * SECOND, wall
         )
         return {
             "ticket": text,
@@ -285,7 +287,7 @@ class Calls:
         self._owner(visitor)
         now_s = SYSTEM_CLOCK.wall() // SECOND
         tenant = request.tenant or visitor.tenant
-        if tenant != visitor.tenant and visitor.tenant != "local":
+        if visitor.tenant not in (tenant, "local"):
             raise RefusedError(Code.DENIED, "Only who owns this machine's node may issue tokens for other tenants.")
         expires = now_s + request.ttl if request.ttl else 0
         return {"token": self._node.token_key.issue(tenant, request.agents, request.modes, now_s=now_s, expires=expires)}

@@ -95,6 +95,7 @@ class ClientConnection:
         kind, handle, seq, payload = frame
         session = attachment.session
         if session is None:
+            del self.attachments[handle]
             return
         if kind in _INPUT:
             session.client_input(attachment, kind, seq, payload, now)
@@ -107,7 +108,7 @@ class ClientConnection:
         elif kind == Type.SUSPEND:
             lane = attachment.lane
             position = lane.handled if lane is not None else 0
-            self._detach(attachment, now)
+            self._detach(attachment, now, polite=True)
             self.link.send_message(Type.SUSPEND, handle, messages.Suspend(position))
         elif kind == Type.CLOSE:
             session.client_close(attachment, now)
@@ -119,18 +120,20 @@ class ClientConnection:
             self.node.table.settle(session)
         self.node.ticker.watch(session)
 
-    def _detach(self, attachment: Attachment, now: int) -> None:
+    def _detach(self, attachment: Attachment, now: int, *, polite: bool = False) -> None:
         session = attachment.session
         if session is not None:
-            session.detach(attachment, now)
+            session.detach(attachment, now, polite=polite)
+            if session.events:
+                self.node.table.settle(session)
             self.node.table.store_state(session)
             self.node.ticker.watch(session)
 
     # ---- frames of the connection ------------------------------------------------------------------------------
 
     def _frame(self, frame: Frame, now: int) -> None:
-        kind, handle, _seq, payload = frame
-        if kind == Type.CONNECT or kind == Type.RESUME:
+        kind, handle, _, payload = frame
+        if kind in (Type.CONNECT, Type.RESUME):
             self._begin(kind, handle, messages.unpack(Signed, payload), now)
         elif handle:
             if handle > self.highest:
@@ -194,30 +197,17 @@ class ClientConnection:
     # ---- CONNECT -----------------------------------------------------------------------------------------------
 
     def _connect(self, handle: int, visitor: Visitor, body: ConnectBody, now: int) -> None:
-        if self.node.draining and body.want != "call":
-            raise RefusedError(Code.DRAINING, "This node is being drained.", retry_after=5.0)
         if body.want == "call":
             self.link.send_message(Type.ACCEPT, handle, self._bare_accept(body))
             return
-        known = self.node.store.find_request(visitor.device, body.request, SYSTEM_CLOCK.wall())
-        if known is not None:
-            row = self.node.store.session(known.session)
-            created, fresh = False, False
-        else:
-            row, created = self._find(visitor, body)
-            fresh = created
-        if row is None:
-            raise RefusedError(Code.NOT_FOUND, "There is no such session.")
-        if not self._allowed(visitor, row, body.mode):
-            raise RefusedError(Code.DENIED if body.want == "join" else Code.NOT_FOUND, "There is no such session.")
+        if self.node.draining:
+            raise RefusedError(Code.DRAINING, "This node is being drained.", retry_after=5.0)
+        attachment_id = AttachmentId(body.attachment)
+        with self.node.store.transaction():
+            row, created = self._enter(visitor, body, attachment_id)
         session = self.node.table.load(row.number)
         if session is None:
             raise RefusedError(Code.ENDED, "This session was closed.")
-        wall = SYSTEM_CLOCK.wall()
-        attachment_id = AttachmentId(body.attachment)
-        if known is None:
-            self.node.store.add_attachment(attachment_id, row.number, visitor.device, body.mode, body.exact, wall)
-            self.node.store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
         attachment = self._attachment(handle, attachment_id, visitor.device, body.mode, clean_label(body.label))
         attachment.exact = body.exact
         attachment.answers = bool(body.term) and not body.exact
@@ -228,8 +218,25 @@ class ClientConnection:
             self.pending -= 1
             self._connected(session, attachment, body, created, reason)
 
-        opening = self._fresh_open(session, body) if fresh else None
+        opening = self._fresh_open(session, body) if created else None
         self.node.registry.ensure(session, ready, fresh=opening)
+
+    def _enter(self, visitor: Visitor, body: ConnectBody, attachment_id: AttachmentId) -> tuple[SessionRow, bool]:
+        """Returns the session that a CONNECT is about and whether it is new, and stores the attachment.
+
+        A CONNECT that was heard before, whose ACCEPT may be lost, gets the session it got then.
+        """
+        store, wall = self.node.store, SYSTEM_CLOCK.wall()
+        known = store.find_request(visitor.device, body.request, wall)
+        row, created = (store.session(known.session), False) if known is not None else self._find(visitor, body)
+        if row is None or not self._allowed(visitor, row, body.mode):
+            raise RefusedError(Code.NOT_FOUND, "There is no such session.")
+        if known is None:
+            live = self.node.table.loaded(row.number)
+            connected = live.attachments if live is not None else ()
+            store.add_attachment(attachment_id, row.number, visitor.device, body.mode, body.exact, wall, connected)
+            store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
+        return row, created
 
     def _connected(self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str) -> None:
         """Ends a CONNECT once the session is open at its pod, or once it is clear that it will not be."""

@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 
 FILE = "node.db"
 LOCK = "node.db.lock"
+# Each page that a commit touches is written whole to the log: half of SQLite's usual 4 KiB makes writes a third faster.
+PAGE_BYTES = 2048
 CACHE_KIB = 8 * 1024
 STATEMENTS_MAX = 256
 # Only a foreign program (an operator's sqlite3 shell) can make us wait, and then the loop waits with us.
 BUSY_MS = 100
 # Rounds of one checkpoint, each shorter than the one before, until nothing was written meanwhile.
 ROUNDS_MAX = 8
+# A log this long is cut; that takes a file system milliseconds, which whoever wants to write just then has to wait.
+CUT_BYTES = 16 * 1024 * 1024
 # Beyond this a checkpoint holds writers up rather than let the log grow without end.
-WAL_MAX_BYTES = 256 * 1024 * 1024
+WAL_MAX_BYTES = 64 * 1024 * 1024
 
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
@@ -83,6 +87,7 @@ class Database:
         self._gate = threading.Lock()
         self._checkpointing = threading.Lock()
         self._commits = 0
+        self._copied = 0
         self._depth = 0
         self._doomed = False
         self._closed = False
@@ -141,6 +146,8 @@ class Database:
             cached_statements=STATEMENTS_MAX,
         )
         self._connections.append(connection)
+        # Only heard where the file is new.
+        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
         (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise StorageError(f"The file system of {self.path} does not allow shared memory: choose a local disk.")
@@ -263,6 +270,8 @@ class Database:
         try:
             return self._main.execute(sql, values)
         except (sqlite3.Error, OverflowError, UnicodeError) as error:
+            # SQLite may have taken the transaction back already; what followed would be commits of their own.
+            self._doomed = self._depth > 0
             self._fail(error)
 
     def begin(self) -> None:
@@ -353,10 +362,9 @@ class Database:
             return 0
 
     def checkpoint(self) -> bool:
-        """Copies the log into the database, syncs both, and empties the log; for a worker thread: it waits for the disk.
+        """Copies the log into the database, syncs both, and cuts the log if it is long; for a worker thread: it waits.
 
-        Returns False if writers were too busy to empty it; they are held up no longer than it takes to cut a file.
-        Raises StorageError.
+        Returns False if what was written meanwhile is not copied yet. Raises StorageError.
         """
         with self._checkpointing:
             if self._closed:
@@ -373,13 +381,14 @@ class Database:
             return False
 
     def _round(self) -> bool:
-        """Copies what the log holds now; cuts it if nothing was written meanwhile.
+        """Copies what the log holds now; True if nothing was written meanwhile.
 
-        A reader at its end keeps the main connection from beginning a fully copied log anew before it is cut.
+        The main connection must not begin a fully copied log anew: a reader at its end (the guard) prevents that while
+        this lasts, and afterwards a frame that is not copied.
         """
         try:
             with self._gate:
-                if not self.wal_bytes():
+                if self._commits == self._copied:
                     return True
                 self._guard.execute("BEGIN")
                 self._guard.execute("SELECT count(*) FROM meta WHERE key = ''").fetchone()
@@ -388,6 +397,10 @@ class Database:
             with self._gate:
                 if commits != self._commits or copied < frames:
                     return False
+                self._copied = commits
+                if self.wal_bytes() < CUT_BYTES:
+                    self._leave_frame()
+                    return True
                 self._guard.execute("COMMIT")
                 return self._cut()
         finally:
@@ -398,6 +411,10 @@ class Database:
         """Copies what is left of the log and cuts it; the caller holds writers off."""
         (busy, _frames, _copied) = self._keeper.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
-            # A foreign reader is in the way. A frame that is not copied keeps the main connection from beginning anew.
-            self._keeper.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('uncut', ?)", (str(time.time_ns()),))
+            # A foreign reader is in the way.
+            self._leave_frame()
         return not busy
+
+    def _leave_frame(self) -> None:
+        """Writes something of no meaning, so that the log holds a frame that is not copied."""
+        self._keeper.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('frame', ?)", (str(time.time_ns()),))

@@ -89,9 +89,8 @@ class Doorkeeper:
         if len(body.attachment) != 16 or len(body.request) != 16:
             raise ProtocolError(Code.BAD_PAYLOAD, "attachment and request have 16 bytes")
         visitor = self._credential(body)
-        if not visitor.may_use(check_agent(body.agent) if body.agent else "", body.mode) and body.want not in ("join", "call"):
-            if body.agent or body.mode not in visitor.modes:
-                raise RefusedError(Code.DENIED, _DENIED)
+        if body.agent and body.want not in ("join", "call") and not visitor.may_use(check_agent(body.agent), body.mode):
+            raise RefusedError(Code.DENIED, _DENIED)
         visitor.label = body.label
         return visitor
 
@@ -156,7 +155,7 @@ class Doorkeeper:
             raise RefusedError(Code.SUPERSEDED, "Another connection of this attachment was faster.")
         if body.counter > limits.POSITION_MAX or len(body.race) != 16:
             raise RefusedError(Code.DENIED, _DENIED)
-        self._store.spend_counter(AttachmentId(body.attachment), body.counter, body.race)
+        self._store.spend_counter(AttachmentId(body.attachment), body.counter, body.race, SYSTEM_CLOCK.wall())
         return row
 
     def revoke_token(self, token: str) -> None:

@@ -52,6 +52,10 @@ class Port:
         """Returns a new handle whose frames are this lane's."""
         return self.connection.new_handle((session, lane))
 
+    def release(self, session: Session) -> None:
+        """Forgets the session's handles."""
+        self.connection.forget(session)
+
 
 Target = Session | tuple[Session, Lane] | int
 """Whose a handle is: a session, a lane, or (a number) a session that is not in memory."""
@@ -69,6 +73,7 @@ class PodConnection:
         self._handles: dict[int, Target] = {}
         self._opening: dict[int, tuple[int, list[Ready]]] = {}
         self._asked: dict[int, int] = {}
+        self._at: dict[int, int] = {}
         self._next = 1
         self._table = pod.registry.table
 
@@ -84,8 +89,16 @@ class PodConnection:
         port = session.port
         if isinstance(port, Port) and port.connection is self:
             self._handles[port.handle] = session.id
-            for lane in session.lanes.values():
-                self._handles.pop(lane.handle, None)
+            self._forget_lanes(session)
+
+    def forget(self, session: Session) -> None:
+        """Forgets the handles of a session that does not come back."""
+        self._handles.pop(self._at.pop(session.id, 0), None)
+        self._forget_lanes(session)
+
+    def _forget_lanes(self, session: Session) -> None:
+        for lane in session.lanes.values():
+            self._handles.pop(lane.handle, None)
 
     def open(self, number: int, request: messages.Open, ready: Ready | None) -> None:
         """Sends OPEN for a session; `ready` hears how it went."""
@@ -172,6 +185,9 @@ class PodConnection:
             else:
                 self._table.refused(number, opened.error.message, now)
         else:
+            # A session that is opened once more has a new handle; what the old one was is over.
+            self._handles.pop(self._at.get(number, 0), None)
+            self._at[number] = handle
             session = self._table.loaded(number)
             if session is None and waiting:
                 session = self._table.load(number)
@@ -190,6 +206,7 @@ class PodConnection:
             if isinstance(target, Session) and isinstance(target.port, Port) and target.port.connection is self:
                 target.pod_gone()
         self._handles.clear()
+        self._at.clear()
         waiting = [ready for _, readies in self._opening.values() for ready in readies]
         self._opening.clear()
         self.pod.lost(self, reason)

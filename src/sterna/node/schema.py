@@ -51,7 +51,7 @@ TABLES = (
     )
     """,
     "CREATE UNIQUE INDEX devices_id ON devices (tenant, device)",
-    "CREATE INDEX devices_seen ON devices (tenant, revoked, seen)",
+    "CREATE INDEX devices_seen ON devices (tenant, revoked, seen DESC)",
     """
     CREATE TABLE attachments (
         id BLOB PRIMARY KEY, session INTEGER NOT NULL, device INTEGER NOT NULL, agent TEXT NOT NULL,
@@ -81,15 +81,21 @@ TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
 
-SESSION_COLUMNS = (
-    "s.number, s.uid, s.log_id, s.tenant, s.agent, s.name, s.label, s.kind, s.state, s.epoch, s.created, s.changed, "
-    "s.owner, s.instance, s.end_code, s.end_reason, s.status, s.signal, s.cols, s.rows, s.cwd, s.boot, s.argv"
+SELECT_SESSION = (
+    "SELECT s.number, s.uid, s.log_id, s.tenant, s.agent, s.name, s.label, s.kind, s.state, s.epoch, s.created, "
+    "s.changed, s.owner, s.instance, s.end_code, s.end_reason, s.status, s.signal, s.cols, s.rows, s.cwd, s.boot, "
+    "s.argv FROM sessions s "
 )
-ATTACHMENT_COLUMNS = (
-    "a.id, a.session, s.uid, s.tenant, s.agent, s.state, d.device, d.public, d.label, d.revoked, a.mode, a.exact, "
-    "a.counter, a.race, a.used"
+SELECT_ATTACHMENT = (
+    "SELECT a.id, a.session, s.uid, s.tenant, s.agent, s.state, d.device, d.public, d.label, d.revoked, a.mode, "
+    "a.exact, a.counter, a.race, a.used "
+    "FROM attachments a JOIN sessions s ON s.number = a.session JOIN devices d ON d.row = a.device "
 )
-DEVICE_COLUMNS = "d.device, d.public, d.tenant, d.label, d.created, d.seen, d.revoked"
+SELECT_DEVICE = (
+    "SELECT d.device, d.public, d.tenant, d.label, d.created, d.seen, d.revoked, "
+    "(SELECT count(DISTINCT a.session) FROM attachments a WHERE a.device = d.row AND a.open = 1) "
+    "FROM devices d "
+)
 
 
 class SessionRow(msgspec.Struct, frozen=True, gc=False):
@@ -148,7 +154,7 @@ class AttachmentRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class DeviceRow(msgspec.Struct, frozen=True, gc=False):
-    """One device of one tenant; `seen` is when it last connected, `sessions` counts open sessions it was attached to."""
+    """One device of one tenant; `seen` is when it last connected, `sessions` how many open sessions it used."""
 
     id: DeviceId
     public: bytes
@@ -169,7 +175,7 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class TicketRow(msgspec.Struct, frozen=True, gc=False):
-    """What a share ticket allows: agents by a glob, one mode, one session unless None; `expires` in Unix nanoseconds."""
+    """What a share ticket allows: agents by a glob, a mode, one session unless None; `expires` in Unix nanoseconds."""
 
     tenant: str
     session: int | None
@@ -182,17 +188,25 @@ _STATES = {state.value: state for state in State}
 _decode_argv = msgspec.msgpack.Decoder(list[str]).decode
 
 
-def session_row(row: tuple[Any, ...]) -> SessionRow:
-    """Returns a row of SESSION_COLUMNS as what it means."""
-    argv = row[22]
-    return SessionRow(*row[:8], _STATES[row[8]], *row[9:22], _decode_argv(argv) if argv is not None else None)
+def session_row(row: Any) -> SessionRow:
+    """Returns a row of SELECT_SESSION as what it means."""
+    values = list(row)
+    values[8] = _STATES[values[8]]
+    if values[22] is not None:
+        values[22] = _decode_argv(values[22])
+    return SessionRow(*values)
 
 
-def attachment_row(row: tuple[Any, ...]) -> AttachmentRow:
-    """Returns a row of ATTACHMENT_COLUMNS as what it means."""
-    return AttachmentRow(*row[:5], _STATES[row[5]], *row[6:9], bool(row[9]), row[10], bool(row[11]), *row[12:])
+def attachment_row(row: Any) -> AttachmentRow:
+    """Returns a row of SELECT_ATTACHMENT as what it means."""
+    values = list(row)
+    values[5] = _STATES[values[5]]
+    values[9], values[11] = bool(values[9]), bool(values[11])
+    return AttachmentRow(*values)
 
 
-def device_row(row: tuple[Any, ...]) -> DeviceRow:
-    """Returns a row of DEVICE_COLUMNS and a count of sessions as what it means."""
-    return DeviceRow(*row[:6], bool(row[6]), row[7])
+def device_row(row: Any) -> DeviceRow:
+    """Returns a row of SELECT_DEVICE as what it means."""
+    values = list(row)
+    values[6] = bool(values[6])
+    return DeviceRow(*values)

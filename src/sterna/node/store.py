@@ -17,12 +17,12 @@ from sterna.errors import Code, RefusedError
 from sterna.ids import AttachmentId, DeviceId, LogId, SessionUid, check_name, clean_label
 from sterna.node.database import Database, Transaction
 from sterna.node.schema import (
-    ATTACHMENT_COLUMNS,
     CLOSED_PHASE,
-    DEVICE_COLUMNS,
     LIVING_PHASE,
     PHASES,
-    SESSION_COLUMNS,
+    SELECT_ATTACHMENT,
+    SELECT_DEVICE,
+    SELECT_SESSION,
     AttachmentRow,
     DeviceRow,
     RequestRow,
@@ -56,22 +56,13 @@ NAME_MAX_CHARS = 63
 _SUFFIX_CHARS = 1 + len(str(limits.SESSIONS_PER_TENANT_MAX * 2))
 _REQUEST_MEMORY = limits.REQUEST_MEMORY_SECONDS * SECOND
 
-_SESSION = "SELECT " + SESSION_COLUMNS + " FROM sessions s "
-_ATTACHMENT = (
-    "SELECT " + ATTACHMENT_COLUMNS + " FROM attachments a JOIN sessions s ON s.number = a.session "
-    "JOIN devices d ON d.row = a.device "
-)
-_DEVICE = (
-    "SELECT " + DEVICE_COLUMNS + ", (SELECT count(DISTINCT a.session) FROM attachments a "
-    "WHERE a.device = d.row AND a.open = 1) FROM devices d "
-)
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class Store:
     """The node's memory in the directory `directory` (made 0700), for one process at a time.
 
-    `damaged` is where an unreadable database was moved to at the start, or None. Raises StorageError, as all methods do.
+    `damaged` is where an unreadable database was moved to at the start, or None. All methods may raise StorageError.
     """
 
     def __init__(self, directory: str) -> None:
@@ -117,23 +108,23 @@ class Store:
 
     def session(self, number: int) -> SessionRow | None:
         """Returns a session, closed ones included, or None."""
-        row = self._db.one(_SESSION + "WHERE s.number = ?", (number,))
+        row = self._db.one(SELECT_SESSION + "WHERE s.number = ?", (number,))
         return session_row(row) if row is not None else None
 
     def session_by_uid(self, uid: SessionUid) -> SessionRow | None:
         """Returns the session with this uid, closed ones included, or None."""
-        row = self._db.one(_SESSION + "WHERE s.uid = ?", (uid,))
+        row = self._db.one(SELECT_SESSION + "WHERE s.uid = ?", (uid,))
         return session_row(row) if row is not None else None
 
     def session_by_name(self, tenant: str, name: str) -> SessionRow | None:
         """Returns the tenant's session of this name that is not closed, or None."""
-        row = self._db.one(_SESSION + "WHERE s.tenant = ? AND s.name = ? AND s.phase > 0", (tenant, name))
+        row = self._db.one(SELECT_SESSION + "WHERE s.tenant = ? AND s.name = ? AND s.phase > 0", (tenant, name))
         return session_row(row) if row is not None else None
 
     def latest_session(self, tenant: str, agent: str, device: DeviceId) -> SessionRow | None:
-        """Returns the session with this agent the device used last, else the tenant's newest with it; never a closed one."""
+        """Returns the device's last used session with an agent, else the tenant's newest; never a closed one."""
         row = self._db.one(
-            _SESSION + "JOIN attachments a ON a.session = s.number JOIN devices d ON d.row = a.device "
+            SELECT_SESSION + "JOIN attachments a ON a.session = s.number JOIN devices d ON d.row = a.device "
             "WHERE d.tenant = ? AND d.device = ? AND a.open = 1 AND a.agent = ? ORDER BY a.used DESC LIMIT 1",
             (tenant, device, agent),
         )
@@ -142,9 +133,9 @@ class Store:
         return session_row(row) if row else None
 
     def _newest(self, tenant: str, agent: str, phase: int) -> tuple[Any, ...]:
-        """Returns the newest session of an agent in a phase as SESSION_COLUMNS, or an empty row."""
+        """Returns the newest session of an agent in a phase as SELECT_SESSION, or an empty row."""
         row: tuple[Any, ...] | None = self._db.one(
-            _SESSION + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = ? ORDER BY s.number DESC LIMIT 1",
+            SELECT_SESSION + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = ? ORDER BY s.number DESC LIMIT 1",
             (tenant, agent, phase),
         )
         return row or ()
@@ -152,12 +143,13 @@ class Store:
     def sessions(
         self, tenant: str | None = None, states: Iterable[State] | None = None, after: int = 0, limit: int = 200
     ) -> list[SessionRow]:
-        """Returns at most `limit` (up to 1,000) sessions with numbers above `after`, in order; None: all tenants, states."""
+        """Returns up to `limit` (at most 1,000) sessions numbered above `after`, in order; None means all."""
         limit = min(limit, BATCH_MAX)
         if tenant is None and states is None:
-            rows = self._db.all(_SESSION + "WHERE s.number > ? ORDER BY s.number LIMIT ?", (after, limit))
+            rows = self._db.all(SELECT_SESSION + "WHERE s.number > ? ORDER BY s.number LIMIT ?", (after, limit))
             return [session_row(row) for row in rows]
-        sql, values = "SELECT number FROM sessions WHERE state = ? AND number > ? ORDER BY number LIMIT ?", ()
+        sql = "SELECT number FROM sessions WHERE state = ? AND number > ? ORDER BY number LIMIT ?"
+        values: tuple[str, ...] = ()
         if tenant is not None:
             sql, values = sql.replace("WHERE", "WHERE tenant = ? AND"), (tenant,)
         numbers: list[int] = []
@@ -169,7 +161,8 @@ class Store:
     def living(self, agent: tuple[str, str], after: int = 0, limit: int = 200) -> list[SessionRow]:
         """Returns sessions of a pod, (tenant, agent), that have not ended; batches as in `sessions`."""
         rows = self._db.all(
-            _SESSION + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = 2 AND s.number > ? ORDER BY s.number LIMIT ?",
+            SELECT_SESSION
+            + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = 2 AND s.number > ? ORDER BY s.number LIMIT ?",
             (*agent, after, min(limit, BATCH_MAX)),
         )
         return [session_row(row) for row in rows]
@@ -203,7 +196,7 @@ class Store:
 
     # ---- changing sessions -------------------------------------------------------------------------------------
 
-    def create_session(
+    def create_session(  # noqa: PLR0913 - a row has many columns, all given by name
         self,
         *,
         uid: SessionUid,
@@ -242,12 +235,12 @@ class Store:
         label = clean_label(label, limits.LABEL_MAX_CHARS)
         state, packed = State.CONNECTING, _encode(argv) if argv is not None else None
         number = self._db.insert(
-            "INSERT INTO sessions (uid, log_id, tenant, agent, name, label, kind, state, epoch, created, changed, owner, "
-            "instance, cols, rows, cwd, argv, boot, phase) "
+            "INSERT INTO sessions (uid, log_id, tenant, agent, name, label, kind, state, epoch, created, changed, "
+            "owner, instance, cols, rows, cwd, argv, boot, phase) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 2)",
             (
-                uid, log_id, tenant, agent, name, label, kind, state.value, epoch, now, now, owner, instance, cols, rows,
-                cwd, packed, boot,
+                uid, log_id, tenant, agent, name, label, kind, state.value, epoch, now, now, owner, instance,
+                cols, rows, cwd, packed, boot,
             ),
         )  # fmt: skip
         if self._counts is not None:
@@ -262,7 +255,7 @@ class Store:
         return found is not None
 
     def _free_name(self, tenant: str, agent: str) -> str:
-        """Returns the agent's name, or a free `agent-N`: N doubles until one is free, then closes in on the last taken."""
+        """Returns the agent's name, or a free `agent-N`: N doubles until one is free, then nears the last taken."""
         if not self._taken(tenant, agent):
             return agent
         stem = agent[: NAME_MAX_CHARS - _SUFFIX_CHARS]
@@ -295,7 +288,7 @@ class Store:
     def set_end(
         self, number: int, code: int, reason: str, status: int | None, signal: int | None, lanes: bytes, now: int
     ) -> None:
-        """Stores how a session's program ended and moves it to `exited`; `lanes` is what the pod had handled, packed."""
+        """Stores how a session's program ended, and `exited`; `lanes` is what the pod had handled, packed."""
         with self._db.transaction:
             changed = self._db.write(
                 "UPDATE sessions SET state = ?, phase = 1, end_code = ?, end_reason = ?, status = ?, signal = ?, "
@@ -393,7 +386,7 @@ class Store:
         return True
 
     def purge(self, before: int, limit: int = 100) -> list[int]:
-        """Forgets at most `limit` sessions that ended or were closed before `before`, the oldest first; returns their numbers.
+        """Forgets at most `limit` sessions that ended before `before`, the oldest first; returns their numbers.
 
         The caller drops their logs, and calls again while it gets `limit` of them.
         """
@@ -468,12 +461,12 @@ class Store:
                     surplus -= 1
 
     def attachment(self, attachment_id: AttachmentId) -> AttachmentRow | None:
-        """Returns an attachment with its session's uid and its device's key, or None; proof and `revoked` are unchecked."""
-        row = self._db.one(_ATTACHMENT + "WHERE a.id = ?", (attachment_id,))
+        """Returns an attachment with its session's uid and its device's key, or None; `revoked` is for the caller."""
+        row = self._db.one(SELECT_ATTACHMENT + "WHERE a.id = ?", (attachment_id,))
         return attachment_row(row) if row is not None else None
 
     def spend_counter(self, attachment_id: AttachmentId, counter: int, race: bytes, now: int = 0) -> bool:
-        """Stores the counter and race id of a RESUME that was proved; False, without a change, if the counter is not higher.
+        """Stores counter and race id of a RESUME that was proved; False, and no change, if the counter is not higher.
 
         With `now` it also counts as a use, as `touch_attachment` does.
         """
@@ -530,12 +523,14 @@ class Store:
 
     def device(self, device: DeviceId, tenant: str) -> DeviceRow | None:
         """Returns a device of a tenant, or None."""
-        row = self._db.one(_DEVICE + "WHERE d.tenant = ? AND d.device = ?", (tenant, device))
+        row = self._db.one(SELECT_DEVICE + "WHERE d.tenant = ? AND d.device = ?", (tenant, device))
         return device_row(row) if row is not None else None
 
     def devices(self, tenant: str, limit: int = DEVICES_PER_TENANT_MAX) -> list[DeviceRow]:
         """Returns at most `limit` devices of a tenant, in use before revoked, the one last seen first."""
-        rows = self._db.all(_DEVICE + "WHERE d.tenant = ? ORDER BY d.revoked, d.seen DESC LIMIT ?", (tenant, limit))
+        rows = self._db.all(
+            SELECT_DEVICE + "WHERE d.tenant = ? ORDER BY d.revoked, d.seen DESC LIMIT ?", (tenant, limit)
+        )
         return [device_row(row) for row in rows]
 
     def revoke_device(self, tenant: str, device: DeviceId) -> bool:
@@ -596,7 +591,7 @@ class Store:
             )
 
     def redeem_ticket(self, hashed: bytes, device: DeviceId, now: int) -> TicketRow | None:
-        """Returns what a ticket allows and binds it to this device, the first that came; None if expired or another's."""
+        """Returns what a ticket allows and binds it to the first device that comes; None if expired or another's."""
         row = self._db.one(
             "SELECT tenant, session, agents, mode, expires, device FROM tickets WHERE hash = ? AND expires > ?",
             (hashed, now),

@@ -298,7 +298,8 @@ class Library:
             describe.restype = ctypes.c_char_p
             _check_layout(describe())
         except (OSError, AttributeError) as error:
-            raise EngineMissingError(f"The terminal model {path} cannot be used ({error}): reinstall pyghostty.") from error
+            message = f"The terminal model {path} cannot be used ({error}): reinstall pyghostty."
+            raise EngineMissingError(message) from error
 
     def __getattr__(self, name: str) -> ctypes._FuncPointer:  # only for type checkers: all names are set above
         raise AttributeError(name)
@@ -306,7 +307,7 @@ class Library:
 
 def _check_layout(description: bytes) -> None:
     """Raises EngineMissingError unless the library's types are the ones declared here."""
-    import json  # noqa: PLC0415 - only here, once a process
+    import json
 
     types = json.loads(description)["types"]
     wrong = [name for name, mine in _LAYOUT if types.get(name, {}).get("size") != ctypes.sizeof(mine)]
@@ -317,7 +318,8 @@ def _check_layout(description: bytes) -> None:
         if (bits.get(name, {}).get("lsb"), bits.get(name, {}).get("width")) != place
     ]
     if wrong:
-        raise EngineMissingError(f"The terminal model has other types than expected ({', '.join(wrong)}): pin pyghostty.")
+        names = ", ".join(wrong)
+        raise EngineMissingError(f"The terminal model has other types than expected ({names}): pin pyghostty.")
 
 
 @functools.cache
@@ -327,7 +329,7 @@ def load() -> Library:
     if not path:
         spec = importlib.util.find_spec("pyghostty")
         if spec is None or not spec.submodule_search_locations:
-            raise EngineMissingError("The package pyghostty is not installed: the simpler terminal model is used instead.")
+            raise EngineMissingError("The package pyghostty is not installed: the simpler model is used instead.")
         suffix = "dylib" if os.uname().sysname == "Darwin" else "so"
         path = os.path.join(spec.submodule_search_locations[0], "_lib", f"libghostty-vt.{suffix}")
     return Library(path)

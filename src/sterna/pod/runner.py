@@ -17,7 +17,6 @@ from sterna.protocol.compress import compress
 from sterna.protocol.frame import Type
 from sterna.protocol.podside import Input, PodSession
 
-_READ_BYTES = 65_536
 _BATCH_BYTES = 65_535
 _SHORT_BYTES = 2_048
 _IDLE_SECONDS = 0.25
@@ -75,23 +74,23 @@ class ProgramRunner:
             session.starved = True
             self._read_off()
             return
-        fd, parts, size, ended = self._program.read_fd, [], 0, False
+        fd, view, size, ended = self._program.read_fd, self._server.reactor.view, 0, False
         try:
             while size < room:
-                data = os.read(fd, min(_READ_BYTES, room - size))
-                if not data:
+                # A PTY gives 4 KiB at most; read into one buffer, as a new 64 KiB object for each read costs more than it.
+                count = os.readv(fd, [view[size:room]])
+                if not count:
                     ended = True
                     break
-                parts.append(data)
-                size += len(data)
-                if len(data) < _SHORT_BYTES:
+                size += count
+                if count < _SHORT_BYTES:
                     break
         except BlockingIOError:
             pass
         except OSError:
             ended = True  # EIO: nobody holds the terminal's other side any more (pty(7))
-        if parts:
-            self._emit(parts[0] if len(parts) == 1 else b"".join(parts))
+        if size:
+            self._emit(bytes(view[:size]))
         if ended:
             self._read_off()
             self._drained()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SCROLLBACK_MAX_BYTES: Final = 32 * 1024 * 1024
 CONTINUATION_MAX_BYTES: Final = 64 * 1024
+_UNLIMITED_LINES: Final = 1 << 40
+_CELL_BYTES: Final = 10
+_PAGE_BYTES: Final = 512 * 1024
 APC_MAX_BYTES: Final = 64 * 1024
 _NAME: Final = b"sterna"
 _HOLLOW: Final = 3  # a cursor shape that no program can ask for: it marks "the terminal's own default"
@@ -51,18 +54,15 @@ class _Replies:
 _replies = _Replies()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-def _on_reply(_terminal: int, _user: int, data: int, size: int) -> None:
+def _take_reply(_terminal: int, _user: int, data: int, size: int) -> None:
     _replies.data += ctypes.string_at(data, size)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
-def _on_bell(_terminal: int, _user: int) -> None:
+def _take_bell(_terminal: int, _user: int) -> None:
     _replies.bells += 1
 
 
-@ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(vt.SizeReport))
-def _on_size(terminal: int, _user: int, out: ctypes._Pointer[vt.SizeReport]) -> bool:
+def _tell_size(terminal: int, _user: int, out: ctypes._Pointer[vt.SizeReport]) -> bool:
     lib = vt.load()
     value = ctypes.c_uint16()
     lib.terminal_get(terminal, vt.DATA_COLS, ctypes.byref(value))
@@ -72,6 +72,11 @@ def _on_size(terminal: int, _user: int, out: ctypes._Pointer[vt.SizeReport]) -> 
     # A cell's size is a guess: nobody looks on, and programs only need the ratio.
     out[0].cell_width, out[0].cell_height = 8, 16
     return True
+
+
+_on_reply = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_take_reply)
+_on_bell = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(_take_bell)
+_on_size = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(vt.SizeReport))(_tell_size)
 
 
 class GhosttyTerminal:
@@ -119,8 +124,10 @@ class GhosttyTerminal:
 
     def _set_options(self) -> None:
         for option, value in (
-            (vt.OPT_SCROLLBACK_MAX_LINES, ctypes.c_size_t(self.scrollback_lines)),
-            (vt.OPT_SCROLLBACK_MAX_BYTES, ctypes.c_size_t(SCROLLBACK_MAX_BYTES)),
+            # A limit in lines makes the engine allocate and free a page for every few lines: 4 MB/s where a limit in
+            # bytes, which reuses the oldest page, gives 55 (measured with lines of one character).
+            (vt.OPT_SCROLLBACK_MAX_LINES, ctypes.c_size_t(_UNLIMITED_LINES)),
+            (vt.OPT_SCROLLBACK_MAX_BYTES, ctypes.c_size_t(self._scrollback_bytes())),
             (vt.OPT_CONTINUATION_MAX_BYTES, ctypes.c_size_t(CONTINUATION_MAX_BYTES)),
             (vt.OPT_APC_MAX_BYTES, ctypes.c_size_t(APC_MAX_BYTES)),
             (vt.OPT_KITTY_IMAGE_STORAGE_LIMIT, ctypes.c_uint64(0)),
@@ -130,6 +137,10 @@ class GhosttyTerminal:
                 raise ValueError(f"libghostty-vt refused option {option}")
         for option, function in ((vt.OPT_WRITE_PTY, _on_reply), (vt.OPT_BELL, _on_bell), (vt.OPT_SIZE, _on_size)):
             self._lib.terminal_set(self._handle, option, ctypes.cast(function, ctypes.c_void_p))
+
+    def _scrollback_bytes(self) -> int:
+        """Returns about how many bytes `scrollback_lines` lines of this width take."""
+        return min(max(self.scrollback_lines * self.cols * _CELL_BYTES, _PAGE_BYTES), SCROLLBACK_MAX_BYTES)
 
     def _write(self, data: bytes) -> None:
         self._lib.terminal_vt_write(self._handle, data, len(data))
@@ -207,12 +218,13 @@ class GhosttyTerminal:
     def state(self, *, scrollback: bool = True) -> TerminalState:
         """Returns everything that a snapshot tells; hidden parts are tried out on a copy."""
         probe = GhosttyTerminal(self.cols, self.rows, self.scrollback_lines, packed=self.pack())
+        # Ends an unfinished sequence; an unfinished character shows as U+FFFD then, but only on the copy.
         probe._write(b"\x18")
         alternate = self._number(vt.DATA_ACTIVE_SCREEN, ctypes.c_int) == 1
-        active = probe._screen_state(scrollback=scrollback and not alternate)
+        active = self._screen_state(probe, scrollback=scrollback and not alternate)
         if alternate:
             probe._write(b"\x1b[?1049l")
-            state = TerminalState(self.cols, self.rows, probe._screen_state(scrollback=scrollback))
+            state = TerminalState(self.cols, self.rows, probe._screen_state(probe, scrollback=scrollback))
             state.alternate = active
             state.entered = next((m for m in ALT_SCREEN_MODES if self.mode(m)), 47)
         else:
@@ -228,7 +240,8 @@ class GhosttyTerminal:
         state.modify_keys = self._extra("keyboard")
         state.colors = self._colors()
         state.saved_modes = probe._saved_modes()
-        state.written_last = probe._written_last()
+        if self._continuation()[:1] < b"\x80":
+            state.written_last = probe._written_last()
         probe.close()
         return state
 
@@ -236,16 +249,15 @@ class GhosttyTerminal:
         """Frees the library's memory now; the object must not be used again."""
         self._free()
 
-    def _screen_state(self, *, scrollback: bool) -> ScreenState:
-        """Reads the active screen, then spoils it by trying out what is saved."""
-        rows = self.cells(scrollback=scrollback)
-        cursor, shape = self._cursor(), self._shape()
-        self._write(b"\x1b8")
-        saved = self._cursor()
+    def _screen_state(self, probe: GhosttyTerminal, *, scrollback: bool) -> ScreenState:
+        """Reads the active screen, and tries out on the copy `probe` what is saved there."""
+        rows, cursor, shape = self.cells(scrollback=scrollback), self._cursor(), self._shape()
+        probe._write(b"\x1b8")
+        saved = probe._cursor()
         flags = []
         for _ in range(_KITTY_STACK):
-            flags.append(self._number(vt.DATA_KITTY_KEYBOARD_FLAGS, ctypes.c_uint8))
-            self._write(b"\x1b[<u")
+            flags.append(probe._number(vt.DATA_KITTY_KEYBOARD_FLAGS, ctypes.c_uint8))
+            probe._write(b"\x1b[<u")
         while flags and not flags[-1]:
             flags.pop()
         return ScreenState(rows, cursor, saved, flags[::-1], shape)
@@ -409,11 +421,14 @@ class _RenderState:
 
     def _row(self, raw: bytes, y: int, *, wrapped: bool) -> Row:
         count = len(raw) // 8
-        plain, codepoints = _masks(count)
+        plain, simple, look, codepoints = _masks(count)
         whole = int.from_bytes(raw, "little")
-        if not whole & plain:
+        if not whole & simple:
             lanes = memoryview((whole >> 2 & codepoints).to_bytes(len(raw), "little")).cast("I")[::2]
-            return Row.plain(lanes.tobytes().decode("utf-32-le", "replace"), wrapped=wrapped)
+            text = lanes.tobytes().decode("utf-32-le", "replace")
+            if not whole & plain:
+                return Row.plain(text, wrapped=wrapped)
+            return self._styled(raw, text, whole & look, wrapped=wrapped)
         self.lib.render_state_row_get(self.iterator, vt.ROW_CELLS, ctypes.byref(self.row_cells))
         cells = memoryview(raw).cast("Q").tolist()
         runs: list[Run] = []
@@ -439,6 +454,29 @@ class _RenderState:
             last_key, narrow = key, simple
         return Row(_joined(runs), wrapped=wrapped, spacer=cells[-1] >> 42 & 3 == 3)
 
+    def _styled(self, raw: bytes, text: str, looks: int, *, wrapped: bool) -> Row:
+        """Makes a row of narrow characters: a run ends where a cell's look differs from its neighbour's."""
+        self.lib.render_state_row_get(self.iterator, vt.ROW_CELLS, ctypes.byref(self.row_cells))
+        cells = memoryview(raw).cast("Q")
+        changes = memoryview((looks ^ looks >> 64).to_bytes(len(raw), "little")).cast("Q").tolist()
+        ends = [x for x, change in enumerate(changes, 1) if change]
+        if not ends or ends[-1] != len(cells):
+            ends.append(len(cells))
+        runs: list[Run] = []
+        start = 0
+        for end in ends:
+            cell = cells[start]
+            style, background = self._style(start) if cell & _STYLE else (b"", b"")
+            for part in _GAPS.split(text[start:end]):
+                if not part:
+                    continue
+                if part[0] == "\0":
+                    runs.append(Run("", len(part), b"", background))
+                else:
+                    runs.append(Run(part, len(part), style, background, protected=bool(cell & _PROTECTED)))
+            start = end
+        return Row(_joined(runs), wrapped=wrapped)
+
     def _run(self, x: int, y: int, cell: int, character: str) -> Run:
         style = background = b""
         if cell & _STYLE:
@@ -452,7 +490,8 @@ class _RenderState:
             return Run("", 1, b"", background)
         link = self.terminal.hyperlink(x, y) if cell & _HYPERLINK else b""
         width = 2 if cell >> 42 & 3 == 1 else 1
-        return Run(character, width, style, background, link, protected=bool(cell & _PROTECTED))
+        cluster = width == 2 or cell & 3 == 1
+        return Run(character, width, style, background, link, protected=bool(cell & _PROTECTED), cluster=cluster)
 
     def _grapheme(self, x: int) -> str:
         """Returns the characters that share one cell."""
@@ -482,14 +521,20 @@ _FLAG_PARAMETERS: Final = (b";1", b";3", b";2", b";5", b";7", b";8", b";9", b";5
 _LOOK: Final = _STYLE | _PROTECTED | _HYPERLINK
 
 
+_GAPS: Final = re.compile("(\0+)")
 _ASCII_SETS: Final = re.compile(rb"\x1b[()*+]B")
 
 
 @functools.cache
-def _masks(count: int) -> tuple[int, int]:
-    """Returns the bits of a row of `count` cells that a plain one has not set, and those of its characters."""
+def _masks(count: int) -> tuple[int, int, int, int]:
+    """Returns the bits of a row of `count` cells that a plain one and a simple one have not set, and others.
+
+    A plain row is unstyled, a simple one has only narrow single characters without links. The others are the bits
+    of a cell's look and of its character.
+    """
     lane = sum(1 << 64 * i for i in range(count))
-    return lane * (3 | _LOOK | 3 << 42), lane * _CODEPOINT
+    special = 3 | _HYPERLINK | 3 << 42
+    return lane * (special | _LOOK), lane * special, lane * _LOOK, lane * _CODEPOINT
 
 
 def _color(color: vt.StyleColor, base: int) -> bytes:
@@ -517,8 +562,7 @@ def _joined(runs: list[Run]) -> list[Run]:
         if (
             out
             and bool(out[-1].text) is bool(run.text)
-            and run.width == (len(run.text) or run.width)
-            and out[-1].width == (len(out[-1].text) or out[-1].width)
+            and not (run.cluster or out[-1].cluster)
             and out[-1].look() == run.look()
         ):
             out[-1].text += run.text

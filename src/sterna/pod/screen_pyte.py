@@ -1,7 +1,7 @@
 """The simpler terminal engine on pyte, in pure Python, for machines without libghostty-vt.
 
-It knows no alternate screen, links, underline styles, character sets or soft wraps, answers only DA and DSR, and is some
-hundred times slower. Its snapshots tell what it knows.
+It knows no alternate screen, links, underline styles, character sets or soft wraps, answers only DA and DSR, and is
+some hundred times slower. Its snapshots tell what it knows.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class PyteTerminal:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`."""
         screen = self._screen
         x, y = self.cursor()
-        cursor = Cursor(x, y, screen.cursor.x >= self.cols, self.mode(6), Pen(b"\x1b[0" + _sgr(screen.cursor.attrs) + b"m"))
+        pen = Pen(b"\x1b[0" + _sgr(screen.cursor.attrs) + b"m")
+        cursor = Cursor(x, y, screen.cursor.x >= self.cols, self.mode(6), pen)
         saved = Cursor(0, 0, False, False, Pen())
         if screen.savepoints:
             point = screen.savepoints[-1]
@@ -147,13 +148,12 @@ class PyteTerminal:
             wide = x + 1 < self.cols and line[x + 1].data == "" and char.data != ""
             look, background = _sgr(char, fore_only=True), _background(char)
             text = "" if char.data in ("", " ") and not char.underscore and not char.reverse else char.data
-            run = Run(text, 2 if wide else 1, look if text else b"", background)
+            cluster = wide or len(text) > 1
+            run = Run(text, 2 if wide else 1, look if text else b"", background, cluster=cluster)
             if (
                 runs
-                and not wide
-                and len(text) < 2
+                and not (cluster or runs[-1].cluster)
                 and bool(text) is bool(runs[-1].text)
-                and runs[-1].width == (len(runs[-1].text) or runs[-1].width)
                 and run.look() == runs[-1].look()
             ):
                 runs[-1].text += text

@@ -1,10 +1,11 @@
 """Writes a terminal's state as the bytes that repaint it on another terminal (docs/protocol.md, section 4).
 
 The bytes begin with resets, so they may go to a terminal in any state; it must have the same size. They use what
-xterm's control sequences document, and are the same for the same state. What they cannot tell:
-images, marks of shell integration (OSC 133), the pointer's shape, DECSCUSR's default, synchronized output (2026), which of
-several mouse modes came last, G2/G3 shifts, a soft wrap behind a line whose last cell was erased, and whether a blank
-in the last column waits to wrap.
+"XTerm Control Sequences" documents, and are the same for the same state. What they cannot tell: images, marks of shell
+integration (OSC 133), the pointer's shape, synchronized output (2026), which of several mouse modes came last, what the
+alternate screen keeps while it is not shown, a soft wrap of the lowest line, a changed grapheme mode (2027) within the
+text, clusters side by side that would join, protected blanks, a blank in the last column from a space there while the
+cursor waits to wrap, and a character for REP that finds no place on the screen.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _RESET: Final = tuple(n for n, value in MODES.items() if not value and n not in 
 ALT_SCREEN_MODES: Final = (1049, 1047, 47)
 
 _ASCII: Final = b"\x1b(B\x1b)B\x1b*B\x1b+B\x0f"
-_PLAIN: Final = b"\x1b[0m\x1b]8;;\x1b\\\x1b[0\"q"
+_PLAIN: Final = b'\x1b[0m\x1b]8;;\x1b\\\x1b[0"q'
 _CONTROLS: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _GAPS: Final = re.compile("(\0+)")
 
@@ -54,10 +55,11 @@ _GAPS: Final = re.compile("(\0+)")
 class Run:
     """Neighbouring cells that look alike: blanks (`text` empty), narrow characters, or one cluster of any width.
 
-    `style` and `background` are SGR parameters, `link` is a URI with `id` parameters as in OSC 8.
+    A cluster is one character with what combines with it, or a wide one. `style` and `background` are SGR parameters,
+    each with a semicolon before it; `link` is a URI.
     """
 
-    __slots__ = ("background", "link", "protected", "style", "text", "width")
+    __slots__ = ("background", "cluster", "link", "protected", "style", "text", "width")
 
     def __init__(
         self,
@@ -68,7 +70,9 @@ class Run:
         link: bytes = b"",
         *,
         protected: bool = False,
+        cluster: bool = False,
     ) -> None:
+        self.cluster = cluster
         self.text = text
         self.width = width
         self.style = style
@@ -83,7 +87,7 @@ class Run:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Run)
-            and (self.text, self.width) == (other.text, other.width)
+            and (self.text, self.width, self.cluster) == (other.text, other.width, other.cluster)
             and self.look() == other.look()
         )
 
@@ -126,7 +130,7 @@ class Row:
             if x < start + run.width:
                 if not run.text:
                     return None
-                if len(run.text) == run.width and run.width > 1 and x >= start:
+                if not run.cluster and run.width > 1:
                     return x, Run(run.text[x - start], 1, *run.look()[:3], protected=run.protected)
                 return start, run
             start += run.width
@@ -147,7 +151,9 @@ class Pen:
 
     __slots__ = ("charsets", "link", "protection", "style")
 
-    def __init__(self, style: bytes = b"\x1b[0m", link: bytes = b"", protection: bytes = b"", charsets: bytes = b"") -> None:
+    def __init__(
+        self, style: bytes = b"\x1b[0m", link: bytes = b"", protection: bytes = b"", charsets: bytes = b""
+    ) -> None:
         self.style = style
         self.link = link
         self.protection = protection
@@ -163,7 +169,7 @@ class Cursor:
 
     __slots__ = ("origin", "pen", "wrap_pending", "x", "y")
 
-    def __init__(self, x: int, y: int, wrap_pending: bool, origin: bool, pen: Pen) -> None:  # noqa: FBT001 - plain fields
+    def __init__(self, x: int, y: int, wrap_pending: bool, origin: bool, pen: Pen) -> None:
         self.x = x
         self.y = y
         self.wrap_pending = wrap_pending
@@ -266,9 +272,13 @@ def write_snapshot(state: TerminalState) -> bytes:
 
 def _prefix(state: TerminalState) -> bytes:
     """Ends whatever the terminal is in the middle of and undoes what would disturb the painting."""
-    out = bytearray(b"\x18\x1b\\\x1b[?2026l\x1b[?1049l\x1b[?1047l\x1b[?47l\x1b[!p\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b[4;20l")
+    out = bytearray(b"\x18\x1b\\\x1b[?2026l\x1b[?1049l\x1b[?1047l\x1b[?47l\x1b[!p")
+    out += b"\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b[4;20l"
     for start in range(0, len(_RESET), 10):
-        out += b"\x1b[?" + b";".join(b"%d" % n for n in _RESET[start : start + 10]) + b"l"
+        numbers = b";".join(b"%d" % n for n in _RESET[start : start + 10])
+        # Saved as well (XTSAVE), so that nothing older comes back with XTRESTORE.
+        out += b"\x1b[?%bl\x1b[?%bs" % (numbers, numbers)
+    out += b"\x1b[?25h\x1b[?7;25s"
     out += b"\x1b]104\x1b\\\x1b]110\x1b\\\x1b]111\x1b\\\x1b]112\x1b\\\x1b[>4m"
     out += b"\x1b[?2027%c" % (b"h" if state.modes[2027] else b"l")
     out += _PLAIN + _ASCII
@@ -323,28 +333,32 @@ def _repeat(screen: ScreenState, state: TerminalState) -> bytes:
     """
     if not state.written_last or screen.cursor.wrap_pending:
         return b""
-    rows = screen.rows[-state.rows :]
+    last, rows = state.written_last, screen.rows[-state.rows :]
     places = [(screen.cursor.x - 1, screen.cursor.y), (screen.cursor.x - 2, screen.cursor.y)]
     blank: tuple[int, int, Run] | None = None
     for y in range(len(rows) - 1, -1, -1):
         x = 0
         for run in rows[y].runs:
-            if state.written_last in run.text:
-                places.append((x + run.text.index(state.written_last), y))
-            elif not run.text and run.width > 1 and not rows[y].wrapped:
+            if last in run.text:
+                places.append((x + (0 if run.cluster else run.text.index(last)), y))
+            elif not run.text and run.width > 3 and not rows[y].wrapped:
                 blank = (x, y, run)
             x += run.width
     for x, y in places:
         found = rows[y].at(x) if x >= 0 else None
-        if found is not None and found[1].text == state.written_last:
+        before = rows[y].at(x - 1) if x > 0 else None
+        # Behind a joiner it would become part of that cluster.
+        if found is None or (before is not None and before[1].text.endswith("\u200d")):
+            continue
+        if found[1].text == last or (found[1].width == 1 and found[1].text[0] == last):
             return _PLAIN + b"\x1b[%d;%dH" % (y + 1, found[0] + 1) + _write_one(found[1])
     if blank is None:
         return b""
     x, y, run = blank
-    out = bytearray(_PLAIN + b"\x1b[%d;%dH" % (y + 1, x + 1) + _ASCII + state.written_last.encode())
+    out = bytearray(_PLAIN + b"\x1b[%d;%dH" % (y + 1, x + 2) + _ASCII + last.encode())
     brush = _Brush(out)
     brush.use(run)
-    out += b"\x1b[%d;%dH\x1b[2X" % (y + 1, x + 1)
+    out += b"\x1b[%d;%dH\x1b[2X" % (y + 1, x + 2)
     return bytes(out)
 
 
@@ -446,7 +460,7 @@ def _paint_row(out: bytearray, brush: _Brush, row: Row, after: Row | None) -> No
 
 
 def _wraps_before_wide(row: Row, after: Row) -> bool:
-    return row.spacer and bool(after.runs) and after.runs[0].width == 2 and bool(after.runs[0].text)
+    return row.spacer and bool(after.runs) and after.runs[0].cluster and after.runs[0].width == 2
 
 
 def _next_row(out: bytearray, brush: _Brush, before: Row, row: Row) -> None:

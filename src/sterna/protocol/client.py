@@ -59,6 +59,15 @@ class Opened:
         self.accept = accept
 
 
+class Rejoined:
+    """An attachment of an earlier process is back: the RESUMED that says where its input goes on."""
+
+    __slots__ = ("resumed",)
+
+    def __init__(self, resumed: Resumed) -> None:
+        self.resumed = resumed
+
+
 class Output:
     """Output bytes; `end` is to be reported by `handled` once they are written. `replayed` bytes were sent before a cut."""
 
@@ -150,18 +159,23 @@ class Failed:
         self.error = error
 
 
-Event = Opened | Output | Screen | Gap | Uncertain | Trouble | Notice | Roomy | Ended | Suspended | Failed
+Event = Opened | Rejoined | Output | Screen | Gap | Uncertain | Trouble | Notice | Roomy | Ended | Suspended | Failed
 
 
 class Saved:
     """What an attachment needs to be resumed by another process: who it is and where it stood.
 
-    `input` is the position of the next byte that the process would have sent first.
+    Without a `uid` its CONNECT was never seen to be accepted; `request` (16 bytes) then makes its repetition harmless.
+
+    `input` is a position up to which input is known to be handled; the node's RESUMED says how far it really was.
     """
 
-    __slots__ = ("attachment", "epoch", "input", "log", "output", "uid")
+    __slots__ = ("attachment", "epoch", "input", "log", "output", "request", "uid")
 
-    def __init__(self, uid: bytes, attachment: bytes, *, epoch: int, log: int, output: int, input: int) -> None:  # noqa: A002  # the protocol's word
+    def __init__(
+        self, uid: bytes, attachment: bytes, *, request: bytes, epoch: int = 1, log: int = 0, output: int = 0, input: int = 0  # noqa: A002  # the protocol's word
+    ) -> None:
+        self.request = request
         self.uid = uid
         self.attachment = attachment
         self.epoch = epoch
@@ -212,6 +226,7 @@ class ClientMachine:
         self.attachment = saved.attachment if saved is not None else connect.attachment
         self.uid = saved.uid if saved is not None else b""
         self.log = saved.log if saved is not None else 0
+        self._rejoining = bool(self.uid)
         self.epoch = saved.epoch if saved is not None else 1
         self.input = SendStream(saved.input if saved is not None else 0)
         self.intake = Intake(saved.output if saved is not None else 0)
@@ -398,8 +413,9 @@ class ClientMachine:
     def saved(self) -> Saved:
         """Returns what another process needs to resume this attachment."""
         return Saved(
-            self.uid, self.attachment, epoch=self.epoch, log=self.log, output=self.intake.handled, input=self.input.base
-        )
+            self.uid, self.attachment, request=self._connect_body.request, epoch=self.epoch, log=self.log,
+            output=self.intake.handled, input=self.input.base,
+        )  # fmt: skip
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -624,6 +640,12 @@ class ClientMachine:
         elif resumed.output != self.intake.next:
             self.intake.skip(resumed.output)
         self.intake.told(self.intake.handled)
+        if self._rejoining:
+            # What the earlier process had sent beyond its last note is handled as well, or will be sent again by us.
+            self._rejoining = False
+            if resumed.input is not None:
+                self.input = SendStream(resumed.input)
+            self._events.append(Rejoined(resumed))
         if resumed.input is None:
             if self.input.end > self.input.base:
                 self._events.append(Uncertain(self.input.base, self.input.end))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from sterna import limits
 from sterna.errors import Code, ProtocolError
 from sterna.protocol.frame import Type
 
 VERSION = 1
 CONTEXT_CONNECT = "clawterm/1 CONNECT"
 CONTEXT_RESUME = "clawterm/1 RESUME"
+
+Position = Annotated[int, msgspec.Meta(ge=0, le=limits.POSITION_MAX)]
+"""A byte count, or another number that is never negative: 0 to 2^63 - 1."""
 
 Mode = Literal["drive", "watch"]
 Kind = Literal["pty", "chat", "stream"]
@@ -55,7 +59,7 @@ class ConnectBody(Message, frozen=True, gc=False):
     mode: Mode = "drive"
     exact: bool = False
     displace: bool = False
-    output: int | None = None
+    output: Position | None = None
     cols: int = 80
     rows: int = 24
     term: str = ""
@@ -72,22 +76,22 @@ class Accept(Message, frozen=True, gc=False):
     """
 
     uid: bytes
-    log: int
+    log: Position
     kind: Kind
-    epoch: int
+    epoch: Position
     node: bytes
     name: str
     agent: str
-    output: int
-    input: int
-    window: int
+    output: Position
+    input: Position
+    window: Position
     keepalive: int
     features: list[str] = []
     created: bool = False
     snapshot: bool = False
     mode: Mode = "drive"
     state: str = "active"
-    head: int = 0
+    head: Position = 0
 
 
 class ResumeBody(Message, frozen=True, gc=False):
@@ -102,10 +106,10 @@ class ResumeBody(Message, frozen=True, gc=False):
     device: bytes
     attachment: bytes
     race: bytes
-    counter: int
-    epoch: int
-    log: int
-    output: int
+    counter: Position
+    epoch: Position
+    log: Position
+    output: Position
     cols: int = 80
     rows: int = 24
     min: int = VERSION
@@ -116,8 +120,8 @@ class ResumeBody(Message, frozen=True, gc=False):
 class Lost(Message, frozen=True, gc=False):
     """Output positions [start, end) that this attachment will never get."""
 
-    start: int
-    end: int
+    start: Position
+    end: Position
 
 
 class Resumed(Message, frozen=True, gc=False):
@@ -126,14 +130,14 @@ class Resumed(Message, frozen=True, gc=False):
     `head` is as in ACCEPT.
     """
 
-    epoch: int
-    log: int
-    output: int
-    input: int | None = None
+    epoch: Position
+    log: Position
+    output: Position
+    input: Position | None = None
     lost: Lost | None = None
     snapshot: bool = False
     state: str = "active"
-    head: int = 0
+    head: Position = 0
 
 
 class Close(Message, frozen=True, gc=False):
@@ -143,7 +147,7 @@ class Close(Message, frozen=True, gc=False):
     reason: str = ""
     status: int | None = None
     signal: int | None = None
-    output: int | None = None
+    output: Position | None = None
 
 
 class Error(Message, frozen=True, gc=False):
@@ -160,7 +164,7 @@ class Error(Message, frozen=True, gc=False):
 class Suspend(Message, frozen=True, gc=False):
     """SUSPEND: leaving, keep it; `position` is the next byte wanted by who leaves."""
 
-    position: int = 0
+    position: Position = 0
 
 
 class Resize(Message, frozen=True, gc=False):
@@ -182,7 +186,7 @@ class Snapshot(Message, frozen=True, gc=False):
     Without `data` in its only part it is a bare notice of the gap.
     """
 
-    position: int
+    position: Position
     part: int = 0
     last: bool = True
     zstd: bool = False
@@ -217,8 +221,8 @@ class Event(Message, frozen=True, gc=False):
     kind: str
     label: str = ""
     device: str = ""
-    start: int | None = None
-    end: int | None = None
+    start: Position | None = None
+    end: Position | None = None
     status: int | None = None
     count: int | None = None
 
@@ -237,7 +241,7 @@ class LaneState(Message, frozen=True, gc=False):
     """How much input of one attachment the pod has handled: the next position wanted."""
 
     attachment: bytes
-    next: int
+    next: Position
 
 
 class Open(Message, frozen=True, gc=False):
@@ -247,7 +251,7 @@ class Open(Message, frozen=True, gc=False):
     """
 
     uid: bytes
-    journalled: int
+    journalled: Position
     fresh: bool = False
     cols: int = 80
     rows: int = 24
@@ -261,8 +265,8 @@ class Open(Message, frozen=True, gc=False):
 class Opened(Message, frozen=True, gc=False):
     """OPENED: the pod's next output position for this session and what it has handled of each lane; or why not."""
 
-    next: int
-    base: int
+    next: Position
+    base: Position
     lanes: list[LaneState] = []
     cols: int = 0
     rows: int = 0
@@ -274,13 +278,13 @@ class Lane(Message, frozen=True, gc=False):
 
     uid: bytes
     attachment: bytes
-    next: int = 0
+    next: Position = 0
 
 
 class Exit(Message, frozen=True, gc=False):
     """EXIT: the program ended after output position `position`; its code or the signal that ended it."""
 
-    position: int
+    position: Position
     status: int | None = None
     signal: int | None = None
     lanes: list[LaneState] = []

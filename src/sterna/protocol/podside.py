@@ -291,8 +291,9 @@ class PodMachine:
                 self._answer(link, handle, messages.error(Code.LIMIT, f"This agent serves at most {self._max} sessions."))
                 return None
             session = self.sessions[request.uid] = PodSession(request.uid)
-            session.cols = min(max(request.cols, 1), _SIZE_LIMIT)
-            session.rows = min(max(request.rows, 1), _SIZE_LIMIT)
+            # Who begins a session without a terminal (pipe) says 0: the program gets the usual size.
+            session.cols = min(max(request.cols, 0), _SIZE_LIMIT) or session.cols
+            session.rows = min(max(request.rows, 0), _SIZE_LIMIT) or session.rows
             self._hold(session, link, handle)
             return Opening(session, request, link)
         self._hold(session, link, handle)

@@ -23,6 +23,7 @@ from sterna.units import SECOND
 _DATA = int(Type.DATA)
 _ACK = int(Type.ACK)
 _STILL = limits.STILL_SECONDS * SECOND
+_HELD_BYTES = limits.RING_BYTES // 2
 
 
 class OutputLog(Protocol):
@@ -52,6 +53,9 @@ class PodPort(Protocol):
 
     def lane_handle(self, session: Session, lane: Lane) -> int:
         """Returns a new handle on the pod's connection whose frames are this lane's."""
+
+    def release(self, session: Session) -> None:
+        """Forgets the session's handles: it does not come back to this pod."""
 
 
 class Lane:
@@ -120,12 +124,14 @@ class Session:
     """One session as its node sees it.
 
     `events` collects what the node must act on: "exited", "closed", "storage". `overwrite` False holds the agent when nobody
-    is attached and the log is full of unread output. `spare` makes the log that takes over when the disk fails.
+    is attached and the log is full of unread output; `holding` does so because the last driver was an exact one, whose
+    next connection wants every byte. `spare` makes the log that takes over when the disk fails.
     """
 
     __slots__ = (
-        "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final", "id", "intake", "kind", "lanes", "lanes_known", "log",
+        "_away", "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final", "holding", "id", "intake", "kind", "lanes", "lanes_known", "log",
         "log_id", "name", "overwrite", "port", "read_to", "spare", "state", "tenant", "typist", "uid",
+        "was_read",
     )  # fmt: skip
 
     def __init__(
@@ -142,6 +148,7 @@ class Session:
         self.epoch = 1
         self.state = State.CONNECTING
         self.overwrite = True
+        self.holding = False
         self.spare: Callable[[OutputLog], OutputLog] | None = None
         self.read_to = log.tail
         self.intake = Intake(log.end)
@@ -153,7 +160,9 @@ class Session:
         self.ended: Ended | None = None
         self.events: list[str] = []
         self.final = b""
+        self.was_read = False
         self._captures: dict[int, Attachment] = {}
+        self._away: dict[AttachmentId, tuple[int, int]] = {}  # exact drivers without a connection: position, since when
         self._token = 0
         self._read = False  # a driver has had all output and the end
 
@@ -329,6 +338,7 @@ class Session:
         """Tells the pod that it may forget an ended session, once the end is stored."""
         if self.port is not None:
             self.port.link.send_message(Type.CLOSE, self.port.handle, messages.Close(reason="stored"))
+            self.port.release(self)
             self.port = None
 
     # ---- attachments -------------------------------------------------------------------------------------------
@@ -393,6 +403,9 @@ class Session:
         self.attachments[attachment.id] = attachment
         attachment.session = self
         attachment.progress = now
+        self._away.pop(attachment.id, None)
+        if attachment.mode == "drive":
+            self.holding = attachment.exact
         lane = self.lanes.get(attachment.id)
         if lane is None:
             if len(self.lanes) >= limits.LANES_MAX:
@@ -426,14 +439,20 @@ class Session:
         self.push(attachment, now)
         self.pace(now)
 
-    def detach(self, attachment: Attachment, now: int) -> None:
-        """Removes an attachment whose connection is gone or that said SUSPEND; its lane stays."""
+    def detach(self, attachment: Attachment, now: int, *, polite: bool = False) -> None:
+        """Removes an attachment whose connection is gone, or that said SUSPEND (`polite`); its lane stays."""
         if self.attachments.get(attachment.id) is not attachment:
             return
         del self.attachments[attachment.id]
         self._forget(attachment)
+        if attachment.mode == "drive" and attachment.exact and not polite:
+            self._away[attachment.id] = attachment.acked, now
         if not self.attachments:
             self.state = step(self.state, Cause.DETACHED)
+            if self.was_read:
+                # Everybody who was there at the end has read it.
+                self.close(Cause.READ, now)
+                return
         self._announce("left", attachment)
         self._audience()
         self.pace(now)
@@ -551,6 +570,7 @@ class Session:
         port = self.port
         if port is not None:
             port.link.send_message(Type.CLOSE, port.handle, messages.Close(reason=cause.value))
+            port.release(self)
         if self.ended is None:
             self.ended = Ended(Code.ENDED, "The session was closed.")
         self.state = after
@@ -628,7 +648,7 @@ class Session:
     # ---- pace --------------------------------------------------------------------------------------------------
 
     def pacer(self) -> Attachment | None:
-        """Returns who sets the agent's pace: the most advanced exact driver, else the last typist, else the fastest driver."""
+        """Returns who sets the agent's pace: the slowest exact driver, else the last typist, else the fastest driver."""
         best: Attachment | None = None
         for attachment in self.attachments.values():
             if attachment.mode != "drive" or attachment.laggard or attachment.waiting:
@@ -642,20 +662,23 @@ class Session:
         port = self.port
         if port is None:
             return
-        attachments = self.attachments
         end = self.log.end
-        if not attachments:
-            limit = end if self.overwrite else min(end, self.read_to + limits.RING_BYTES // 2)
-        else:
+        drivers = sum(1 for attachment in self.attachments.values() if attachment.mode == "drive")
+        if drivers:
             leader = self.pacer()
-            if leader is None:
-                limit = end
-            else:
-                limit = min(leader.cursor, end)
-                if limit < end and now - leader.progress >= _STILL:
-                    leader.laggard = True
-                    self.pace(now)
-                    return
+            limit = end if leader is None else min(leader.cursor, end)
+            # An exact one that is alone is a pipe with a full end: its agent waits as long as it takes.
+            if leader is not None and limit < end and now - leader.progress >= _STILL and (drivers > 1 or not leader.exact):
+                leader.laggard = True
+                self.pace(now)
+                return
+        elif self.overwrite and not self.holding:
+            limit = end
+        else:
+            limit = min(end, self.read_to + _HELD_BYTES)
+        for position, since in self._away.values():
+            if not drivers or now - since < _STILL:
+                limit = min(limit, position + _HELD_BYTES)
         intake = self.intake
         intake.handle(limit, now)
         ack = intake.acknowledgement(now, False)
@@ -714,5 +737,5 @@ class Session:
 
 
 def _rank(attachment: Attachment, typist: Attachment | None) -> tuple[bool, bool, int]:
-    """Orders drivers: exact ones first, then the typist, then by how far they are."""
-    return attachment.exact, not attachment.exact and attachment is typist, attachment.cursor
+    """Orders drivers: exact ones first, the slowest of them, then the typist, then who is farthest."""
+    return attachment.exact, not attachment.exact and attachment is typist, -attachment.cursor if attachment.exact else attachment.cursor

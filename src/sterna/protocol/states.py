@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where a session stands; the value is what the wire, the store and `sterna ls` say."""
 
     CONNECTING = "connecting"
@@ -15,7 +15,7 @@ class State(str, Enum):
     CLOSED = "closed"
 
 
-class Cause(str, Enum):
+class Cause(StrEnum):
     """What moves a session from one state to the next."""
 
     OPENED = "the agent opened it"

@@ -84,16 +84,20 @@ class Reactor:
 
 
 class Pump:
-    """Drives one socket for one link; `peer` is the other side's address or uid, for logs and limits."""
+    """Drives one socket for one link; `peer` is the other side's address or uid, for logs and limits.
+
+    With `handshake` the TLS handshake comes first, which a client's side begins; `on_open` is called after it.
+    """
 
     __slots__ = (
-        "_closed", "_fd", "_handshake", "_marked", "_pending", "_reactor", "_sock", "_timer", "_writing", "data", "link",
-        "owner", "peer", "tls",
+        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_reactor", "_sock", "_timer", "_writing", "data",
+        "link", "owner", "peer", "tls",
     )  # fmt: skip
 
     def __init__(
-        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "", handshake: bool = False
-    ) -> None:
+        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "", handshake: bool = False,
+        on_open: Callable[[Pump], None] | None = None,
+    ) -> None:  # fmt: skip
         self._reactor = reactor
         self._sock = sock
         self._fd = sock.fileno()
@@ -103,6 +107,7 @@ class Pump:
         self.tls = isinstance(sock, ssl.SSLSocket)
         self.data: object = None
         self._handshake = handshake
+        self._on_open = on_open
         self._pending: memoryview | None = None
         self._writing = self._closed = self._marked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -121,8 +126,10 @@ class Pump:
         return self._closed
 
     def start(self) -> None:
-        """Begins to read."""
+        """Begins to read; the client's side of a TLS handshake speaks first."""
         self._reactor.loop.add_reader(self._fd, self._readable)
+        if self._handshake and not getattr(self._sock, "server_side", True):
+            self._reactor.run(self._shake)
 
     def _readable(self) -> None:
         reactor = self._reactor
@@ -144,6 +151,8 @@ class Pump:
         self._handshake = False
         if self._writing:
             self._drop_writer()
+        if self._on_open is not None:
+            self._on_open(self)
         self.flush()
         self._read()
 

@@ -1,0 +1,216 @@
+"""Asks a node questions (CALL and RESULT, docs/protocol.md, section 6): one blocking connection, no event loop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+
+from sterna.client.endpoint import Address, Endpoint, client_state
+from sterna.client.session import device_label
+from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, TrustError, UsageError
+from sterna.protocol import messages
+from sterna.protocol.codec import Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.messages import CONTEXT_CONNECT, Call, ConnectBody, Result, Signed
+from sterna.trust.device import DeviceKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+TIMEOUT_SECONDS = 10.0
+PAGES_MAX = 1_000
+_READ_BYTES = 64 * 1024
+
+
+class Caller:
+    """A connection on which CALLs are made; `with Caller(endpoint) as caller:` closes it.
+
+    `timeout` bounds, in seconds, the connection and then each call. Making it connects and proves who we are: raises
+    ConnectionLostError, TrustError or RefusedError.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, state: str | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
+        self.endpoint = endpoint
+        self._timeout = timeout
+        self._link = Link()
+        self._frames: list[Frame] = []
+        self._ids = 0
+        self._deadline = time.monotonic() + timeout
+        self._sock = self._connect()
+        try:
+            self._prove(state)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> Caller:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._sock.close()
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Returns the value of one CALL; the node's refusal is raised as RefusedError with the node's own sentence."""
+        self._deadline = time.monotonic() + self._timeout
+        self._ids += 1
+        self._link.send_message(Type.CALL, 0, Call(self._ids, method, messages.msgspec.Raw(messages.pack(params))))
+        self._send()
+        while True:
+            kind, _handle, _seq, payload = self._frame()
+            if kind == Type.RESULT:
+                result = messages.unpack(Result, payload)
+                if result.id == self._ids:
+                    if result.error is not None:
+                        raise _refusal(result.error)
+                    return messages.msgspec.msgpack.decode(result.value)
+
+    def pages(self, method: str, key: str, **params: Any) -> Iterator[Any]:
+        """Yields the items of a list that comes in pages: `key` names them in each page, `next` says where the next begins.
+
+        Raises ProtocolError when the pages have no end.
+        """
+        after = 0
+        for _ in range(PAGES_MAX):
+            page = self.call(method, after=after, **params)
+            yield from page[key]
+            following = page.get("next", 0)
+            if not following:
+                return
+            if following <= after:
+                break
+            after = following
+        raise ProtocolError(Code.PROTOCOL, f"The node's list of {key} has no end.")
+
+    # ---- the connection ----------------------------------------------------------------------------------------
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise self._silent()
+        return left
+
+    def _silent(self) -> ConnectionLostError:
+        return ConnectionLostError(f"The node at {self.endpoint.name} did not answer within {self._timeout:g} seconds.")
+
+    def _connect(self) -> socket.socket:
+        reason: ConnectionLostError | None = None
+        for address in self.endpoint.addresses:
+            try:
+                return self._dial(address)
+            except ConnectionLostError as error:
+                reason = error
+        raise reason or ConnectionLostError(f"The node at {self.endpoint.name} has no address.")
+
+    def _dial(self, address: Address) -> socket.socket:
+        family, target = address
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self._left())
+            sock.connect(target)
+            if self.endpoint.context is None:
+                return sock
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = self.endpoint.context.wrap_socket(sock)
+        except ssl.SSLCertVerificationError:
+            sock.close()
+            text = f"The node at {self.endpoint.name} is not the one known there: its certificate is another's."
+            raise TrustError(text) from None
+        except TimeoutError:
+            sock.close()
+            raise self._silent() from None
+        except OSError as error:
+            sock.close()
+            raise ConnectionLostError(self._unreachable(error)) from None
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _unreachable(self, error: OSError) -> str:
+        if self.endpoint.context is None:
+            return "No node runs here any more: start it again with `sterna up`."
+        return f"The node at {self.endpoint.name} cannot be reached: {error.strerror or error}."
+
+    def _prove(self, state: str | None) -> None:
+        endpoint = self.endpoint
+        key = DeviceKey.load(client_state(state))
+        body = messages.pack(
+            ConnectBody(
+                context=CONTEXT_CONNECT, node=endpoint.node_id, request=os.urandom(16), key=key.public,
+                attachment=os.urandom(16), credential=endpoint.credential, want="call", label=device_label(),
+                mode="watch" if endpoint.watch else "drive",
+            )
+        )  # fmt: skip
+        self._link.send_message(Type.CONNECT, 1, Signed(body, key.sign(CONTEXT_CONNECT, endpoint.node_id, body)))
+        self._send()
+        while self._frame()[0] != Type.ACCEPT:
+            pass
+
+    def _send(self) -> None:
+        data = b"".join(self._link.data_to_send())
+        try:
+            self._sock.settimeout(self._left())
+            self._sock.sendall(data)
+        except TimeoutError:
+            raise self._silent() from None
+        except OSError as error:
+            raise ConnectionLostError(self._unreachable(error)) from None
+
+    def _frame(self) -> Frame:
+        """Returns the next frame; an ERROR is raised, a PING answered."""
+        while True:
+            while not self._frames:
+                self._receive()
+            frame = self._frames.pop(0)
+            if frame[0] == Type.ERROR:
+                raise _refusal(messages.unpack(messages.Error, frame[3]))
+            if frame[0] != Type.PING:
+                return frame
+            self._link.send(Type.PONG, 0, 0, frame[3])
+            self._send()
+
+    def _receive(self) -> None:
+        try:
+            self._sock.settimeout(self._left())
+            data = self._sock.recv(_READ_BYTES)
+        except TimeoutError:
+            raise self._silent() from None
+        except OSError as error:
+            raise ConnectionLostError(self._unreachable(error)) from None
+        if not data:
+            raise ConnectionLostError(f"The node at {self.endpoint.name} ended the connection; try again.")
+        self._frames += self._link.receive(data)
+        if self._link.closing and not self._frames:
+            raise ProtocolError(
+                Code.PROTOCOL, f"What answers at {self.endpoint.name} is no node: its bytes make no sense."
+            )
+
+
+def _refusal(error: messages.Error) -> RefusedError:
+    code = Code(error.code) if error.code in Code._value2member_map_ else Code.INTERNAL
+    return RefusedError(code, error.message, retry_after=error.retry_after, address=error.address, value=error.value)
+
+
+def pick(sessions: list[dict[str, Any]], which: str) -> dict[str, Any]:
+    """Returns the session that a script means: by its name or uid, else the latest one of the agent with that name.
+
+    `sessions` is what the node lists; one that goes on is preferred to one that ended. Raises UsageError if none fits.
+    """
+    for session in sessions:
+        if which in (session["name"], session["uid"]):
+            return session
+    of_agent = [session for session in sessions if session["agent"] == which]
+    if not of_agent:
+        raise UsageError(f"There is no session or agent {which[:80]!r}: `sterna ls` shows what there is.")
+    return max(of_agent, key=lambda session: (session["state"] != "exited", session["changed"]))

@@ -1,0 +1,312 @@
+"""The node's session machine, one situation at a time: what its simulation found, and what a user would notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from sterna import limits
+from sterna.errors import Code, ProtocolError, StorageError
+from sterna.ids import AttachmentId, DeviceId, SessionUid
+from sterna.journal.memory import MemoryLog
+from sterna.protocol import messages
+from sterna.protocol.codec import Decoder, Frame
+from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
+from sterna.protocol.messages import LaneState, Lost
+from sterna.protocol.session import Attachment, Lane, Session
+from sterna.protocol.states import TRANSITIONS, Cause, State, step
+
+NOW = 5_000_000_000
+SECOND = 1_000_000_000
+NODE = b"N" * 32
+
+
+class Port:
+    """A place on a pod's connection that keeps what is sent there."""
+
+    def __init__(self, *features: str) -> None:
+        self.link = Link()
+        self.handle = 1
+        self.features = frozenset(features)
+        self.lanes: dict[int, Lane] = {}
+
+    def lane_handle(self, session: Session, lane: Lane) -> int:
+        self.lanes[len(self.lanes) + 2] = lane
+        return len(self.lanes) + 1
+
+
+def sent(link: Link) -> list[Frame]:
+    decoder = Decoder()
+    frames = decoder.feed(b"".join(link.data_to_send()))
+    assert decoder.fault is None
+    return frames
+
+
+def kinds(link: Link) -> list[Type]:
+    return [Type(kind) for kind, _, _, _ in sent(link)]
+
+
+def opened(session: Session, *lanes: tuple[bytes, int], features: tuple[str, ...] = (), base: int | None = None) -> Port:
+    port = Port(*features)
+    end = session.log.end
+    states = [LaneState(attachment, position) for attachment, position in lanes]
+    session.pod_opened(port, messages.Opened(end, end if base is None else base, states), NOW)
+    return port
+
+
+def session(ring_bytes: int = limits.RING_BYTES) -> Session:
+    log = MemoryLog(1, ring_bytes=ring_bytes)
+    return Session(SessionUid(b"U" * 16), log, log_id=1, kind="pty", tenant="t", agent="a", name="n")
+
+
+def state(of: Session) -> State:
+    """Reads the state anew: a type checker does not see that calls change it."""
+    return of.state
+
+
+def attachment(letter: bytes = b"a", *, exact: bool = True, mode: messages.Mode = "drive") -> Attachment:
+    made = Attachment(AttachmentId(letter * 16), Link(), 7, DeviceId(b"D" * 32), mode, letter.decode())
+    made.exact = exact
+    return made
+
+
+def attach(target: Session, who: Attachment, output: int | None = None) -> None:
+    target.attach(who, NOW, output=output, node=NODE, created=False)
+
+
+def resume(target: Session, who: Attachment, output: int, log: int = 1) -> messages.Resumed:
+    body = messages.ResumeBody(messages.CONTEXT_RESUME, NODE, target.uid, b"d", who.id, b"r", 1, 1, log, output)
+    target.resume(who, body, NOW)
+    return messages.unpack(messages.Resumed, next(f[3] for f in sent(who.link) if f[0] == Type.RESUMED))
+
+
+def test_input_that_comes_while_the_pod_is_away_is_asked_for_again_later_not_refused() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    attach(target, who)
+    target.pod_gone()
+    target.client_input(who, Type.DATA, 0, b"first", NOW)
+    target.client_input(who, Type.DATA, 5, b"second", NOW)
+    assert Type.ERROR not in kinds(who.link)
+    opened(target, (who.id, 0))
+    error = messages.unpack(messages.Error, next(f[3] for f in sent(who.link) if f[0] == Type.ERROR))
+    assert error.code == Code.RESYNC
+
+
+def test_input_after_the_end_does_not_keep_the_last_output_from_arriving() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    attach(target, who)
+    target.pod_exit(messages.Exit(0, 0), NOW)
+    target.client_input(who, Type.DATA, 0, b"first", NOW)
+    target.client_input(who, Type.DATA, 5, b"second", NOW)
+    assert kinds(who.link)[-1] == Type.CLOSE
+    assert who.session is target
+
+
+def test_what_the_pod_handled_on_a_lost_connection_is_acknowledged_after_it() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    attach(target, who)
+    target.client_input(who, Type.DATA, 0, b"12345", NOW)
+    target.pod_gone()
+    sent(who.link)
+    opened(target, (who.id, 5))
+    assert [(f[0], f[3]) for f in sent(who.link)] == [(Type.ACK, (5).to_bytes(8, "big"))]
+
+
+def test_what_the_pod_had_in_hand_when_its_connection_was_lost_is_acknowledged_later() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    attach(target, who)
+    target.client_input(who, Type.DATA, 0, b"12345", NOW)
+    target.pod_gone()
+    port = opened(target, (who.id, 0))
+    again = attachment()
+    assert resume(target, again, 0).input == 0
+    lane = next(lane for lane in port.lanes.values() if lane.attachment is again)
+    target.pod_ack(lane, (5).to_bytes(8, "big"))
+    assert (Type.ACK, 5) in [(f[0], f[2]) for f in sent(again.link)]
+    assert resume(target, attachment(), 0).input == 5
+
+
+def test_a_watcher_takes_no_lane_at_the_pod() -> None:
+    target = session()
+    first = opened(target)
+    attach(target, attachment(b"w", mode="watch"))
+    target.pod_gone()
+    second = opened(target)
+    assert first.lanes == {}
+    assert second.lanes == {}
+
+
+def test_a_session_whose_attachments_must_all_resume_is_suspended() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    attach(target, who)
+    target.client_input(who, Type.DATA, 0, b"12345", NOW)
+    assert state(target) is State.ACTIVE
+    target.pod_gone()
+    opened(target, (who.id, 2))
+    assert not target.attachments
+    assert state(target) is State.SUSPENDED
+
+
+def test_a_repeated_connect_displaces_the_first_connection() -> None:
+    target, first, second = session(), attachment(), attachment()
+    opened(target)
+    attach(target, first)
+    attach(target, second)
+    assert kinds(first.link)[-1] == Type.ERROR
+    assert first.session is None
+    assert target.lanes[second.id].attachment is second
+
+
+def test_a_snapshot_that_was_promised_is_asked_for_again_when_the_pod_is_back() -> None:
+    target, who = session(), attachment(exact=False)
+    target.log.append(b"history")
+    opened(target, features=("snapshot",))
+    attach(target, who)
+    assert kinds(who.link) == [Type.ACCEPT]
+    target.pod_gone()
+    port = opened(target, features=("snapshot",))
+    assert Type.CAPTURE in kinds(port.link)
+    assert kinds(who.link) == []
+
+
+def test_a_snapshot_that_cannot_come_any_more_is_replaced_by_an_empty_one() -> None:
+    target, who = session(), attachment(exact=False)
+    target.log.append(b"history")
+    opened(target, features=("snapshot",))
+    attach(target, who)
+    target.pod_gone()
+    target.agent_lost(NOW, "The agent is gone.")
+    assert kinds(who.link) == [Type.ACCEPT, Type.SNAPSHOT, Type.DATA, Type.CLOSE]
+
+
+def test_output_is_never_acknowledged_beyond_the_journal() -> None:
+    """Even a pod whose snapshot is ahead of its output does not make the node acknowledge what it has not got."""
+    target, who = session(), attachment(exact=False)
+    target.log.append(b"history")
+    port = opened(target, features=("snapshot",))
+    attach(target, who)
+    target.pod_snapshot(messages.Snapshot(5000, token=1), NOW)
+    target.pace(NOW + SECOND)
+    target.handle_timeout(NOW + 2 * SECOND)
+    assert all(f[2] <= target.log.end for f in sent(port.link) if f[0] == Type.ACK)
+
+
+def test_the_first_reader_of_an_ended_session_does_not_take_the_rest_from_the_others() -> None:
+    target, fast, slow = session(), attachment(b"f"), attachment(b"s")
+    slow.window = 10
+    opened(target)
+    attach(target, fast)
+    attach(target, slow)
+    target.pod_data(0, b"x" * 30, NOW)
+    target.pod_exit(messages.Exit(30, 0), NOW)
+    target.client_close(fast, NOW)
+    assert state(target) is State.EXITED
+    for position in (10, 20, 30):
+        target.client_ack(slow, position.to_bytes(8, "big"), NOW)
+    frames = sent(slow.link)
+    assert b"".join(f[3] for f in frames if f[0] == Type.DATA) == b"x" * 30
+    assert frames[-1][0] == Type.CLOSE
+    target.client_close(slow, NOW)
+    assert state(target) is State.CLOSED
+
+
+def test_output_that_could_not_be_stored_is_not_counted_as_received() -> None:
+    class Full(MemoryLog):
+        def append(self, data: bytes | bytearray | memoryview) -> None:
+            raise StorageError("full")
+
+    target = Session(SessionUid(b"U" * 16), Full(1), log_id=1, kind="pty", tenant="t", agent="a", name="n")
+    opened(target)
+    with pytest.raises(StorageError):
+        target.pod_data(0, b"bytes", NOW)
+    with pytest.raises(ProtocolError):
+        target.pod_data(5, b"more", NOW)
+    assert target.log.end == 0
+
+
+def test_a_frozen_attachment_does_not_collect_notices_about_others() -> None:
+    target, frozen = session(), attachment(b"f")
+    opened(target)
+    attach(target, frozen)
+    sent(frozen.link)
+    frozen.link.blocked = True
+    for number in range(1000):
+        who = attachment(b"o")
+        attach(target, who)
+        target.detach(who, NOW + number)
+    assert frozen.link.out_bytes < 1000
+
+
+def test_lanes_are_bounded_and_the_pod_is_told_which_ones_are_forgotten() -> None:
+    target = session()
+    port = opened(target)
+    for number in range(limits.LANES_MAX + 1):
+        who = attachment()
+        who.id = AttachmentId(number.to_bytes(16, "big"))
+        attach(target, who)
+        target.detach(who, NOW + number)
+    assert len(target.lanes) == limits.LANES_MAX
+    forgotten = [f[1] for f in sent(port.link) if f[0] == Type.CLOSE]
+    assert [port.lanes[handle].id for handle in forgotten] == [bytes(16)]
+
+
+def test_a_last_screen_that_is_too_large_is_not_kept_in_part() -> None:
+    target = session()
+    opened(target)
+    part = bytes(60_000)
+    for number in range(limits.FINAL_MAX_BYTES // len(part) + 2):
+        target.pod_snapshot(messages.Snapshot(0, number, False, True, part), NOW)
+    target.pod_snapshot(messages.Snapshot(0, 99, True, True, b"end"), NOW)
+    assert target.final == b""
+
+
+def test_a_gap_is_named_exactly() -> None:
+    target, who = session(ring_bytes=100_000), attachment()
+    opened(target)
+    attach(target, who)
+    target.detach(who, NOW)
+    for _ in range(10):
+        target.pod_data(target.log.end, bytes(50_000), NOW)
+    resumed = resume(target, attachment(), 7)
+    assert resumed.lost == Lost(7, target.log.tail)
+    assert resumed.output == target.log.tail
+
+
+def test_a_driver_that_stands_still_holds_the_agent_ten_seconds() -> None:
+    target, still = session(), attachment()
+    port = opened(target)
+    attach(target, still)
+    size = limits.WINDOW_BYTES
+    target.pod_data(0, bytes(60_000), NOW)
+    for _ in range(4):
+        target.pod_data(target.log.end, bytes(60_000), NOW)
+    assert still.cursor == size < target.log.end
+    target.handle_timeout(NOW + SECOND)
+    assert max(f[2] for f in sent(port.link) if f[0] == Type.ACK) == size
+    due = target.next_timeout()
+    assert due == NOW + limits.STILL_SECONDS * SECOND
+    target.handle_timeout(due)
+    target.handle_timeout(due + SECOND)
+    assert max(f[2] for f in sent(port.link) if f[0] == Type.ACK) == target.log.end
+    assert target.next_timeout() is None
+
+
+@pytest.mark.parametrize("before", State)
+@pytest.mark.parametrize("cause", Cause)
+def test_what_is_not_in_the_table_does_not_happen(before: State, cause: Cause) -> None:
+    assert step(before, cause) is TRANSITIONS.get((before, cause), before)
+
+
+def test_nothing_comes_back_from_closed_and_everything_can_get_there() -> None:
+    assert all(state is not State.CLOSED for state, _ in TRANSITIONS)
+    for first in State:
+        reached, before = {first}, set[State]()
+        while reached != before:
+            before = set(reached)
+            reached |= {after for (at, _), after in TRANSITIONS.items() if at in reached}
+        assert State.CLOSED in reached
