@@ -29,21 +29,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 def check_tenant(text: str) -> str:
     """Returns a tenant's name if it is one: lower-case letters, digits, `.` and `-`, no underscore; else UsageError."""
     if not _TENANT.match(text):
-        raise UsageError(f"{text[:80]!r} is no tenant name: use 1 to 63 of a-z 0-9 . - (no underscore), a letter or digit first.")
+        raise UsageError(
+            f"{text[:80]!r} is no tenant name: use 1 to 63 of a-z 0-9 . - (no underscore), a letter or digit first."
+        )
     return text
 
 
 def check_agent(text: str) -> str:
     """Returns an agent's name if it is one: letters, digits, `.`, `_`, `-`; else UsageError."""
     if not _AGENT.match(text):
-        raise UsageError(f"{text[:80]!r} is no agent name: use 1 to 63 letters, digits, . _ -, a letter or digit first.")
+        raise UsageError(
+            f"{text[:80]!r} is no agent name: use 1 to 63 letters, digits, . _ -, a letter or digit first."
+        )
     return text
 
 
 def check_name(text: str) -> str:
     """Returns a session's name if it is one: letters, digits, `.`, `_`, `-`; else UsageError."""
     if not _NAME.match(text):
-        raise UsageError(f"{text[:80]!r} is no session name: use 1 to 63 letters, digits, . _ -, a letter or digit first.")
+        raise UsageError(
+            f"{text[:80]!r} is no session name: use 1 to 63 letters, digits, . _ -, a letter or digit first."
+        )
     return text
 
 

@@ -1,7 +1,7 @@
 """Runs `sterna` in a process whose pipe client keeps notes, or is broken on purpose: the controls of the exact tests.
 
-Usage: exact_pipe.py NOTES BREAK ARGS… Each line of the file NOTES is one lost connection: how many bytes were
-unacknowledged at that moment, sent by us and received by us. BREAK is "" or one of BREAKS.
+Usage: exact_pipe.py NOTES BREAK ARGS… Each line of the file NOTES is one lost connection: how many bytes that
+we had sent were not acknowledged at that moment. BREAK is "" or one of BREAKS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 from sterna.client.transfer import Transfer
 from sterna.protocol.client import ClientMachine
+from sterna.protocol.frame import Type
 from sterna.protocol.stream import SendStream
+
+_DATA = int(Type.DATA)
 
 
 def note_cuts(path: str) -> None:
@@ -22,19 +25,22 @@ def note_cuts(path: str) -> None:
 
     def noting(self: ClientMachine, number: int, now: int, reason: str = "") -> None:
         if number == self.active:
-            os.write(fd, f"{self.input.sent - self.input.base} {self.intake.next - self.intake.acked}\n".encode())
+            os.write(fd, f"{self.input.sent - self.input.base}\n".encode())
         lost(self, number, now, reason)
 
     ClientMachine.lost = noting  # type: ignore[method-assign]  # that is the point
 
 
 def forget_unacknowledged() -> None:
-    """Breaks the replay: what the node did not get before a cut is not sent again."""
+    """Breaks the replay: what the node did not get before a cut is not sent again, but for the end mark."""
 
     def rewind(self: SendStream, position: int) -> None:
+        marks = [kind for kind, at, _ in self.unacknowledged() if kind != _DATA and at >= position]
         self._items.clear()
         self.base = self.sent = self.end = position
         self._next = 0
+        for kind in marks:
+            self.mark(kind)
 
     SendStream.rewind = rewind  # type: ignore[method-assign]  # that is the point
 

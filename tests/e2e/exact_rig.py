@@ -67,6 +67,7 @@ class Duplex:
         self.target = rig.directory / f"{agent}-out"
         self.notes = rig.directory / f"{agent}-notes"
         self.notes.touch()
+        self._helpers: tuple[subprocess.Popen[bytes], ...] = ()
         self._digests = {side: hashlib.sha256() for side in ("in", "out")}
         with self.source.open("wb") as file:
             for block in stream(f"{seed}-in", size):
@@ -101,15 +102,15 @@ class Duplex:
         return pipe
 
     def finish(self, pipe: subprocess.Popen[bytes], seconds: float) -> str:
-        """Waits for a pipe's end; returns what it said on standard error."""
+        """Waits for a pipe's end; returns what it said on standard error, and whether it had to be killed."""
         try:
             _, said = pipe.communicate(timeout=seconds)
-        finally:
-            if pipe.poll() is None:
-                pipe.kill()
-                pipe.communicate(timeout=STOP_SECONDS)
-            for helper in getattr(self, "_helpers", ()):
-                helper.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pipe.kill()
+            _, said = pipe.communicate(timeout=STOP_SECONDS)
+            said += b"it did not end\n"
+        for helper in self._helpers:
+            helper.wait(STOP_SECONDS)
         return said.decode()
 
     def fault(self) -> str:
@@ -122,15 +123,24 @@ class Duplex:
         return "" if trailer == expected else f"the input differs: {trailer[:200]!r} instead of {expected!r}"
 
     def cuts(self) -> tuple[int, int]:
-        """How often the client lost a connection, and how often with unacknowledged bytes in both directions."""
-        lines = [line.split() for line in self.notes.read_text().splitlines()]
-        return len(lines), sum(int(up) > 0 and int(down) > 0 for up, down in lines)
+        """How often the client lost a connection, and how often with unacknowledged bytes in both directions.
+
+        The client notes what it sent and the node had not acknowledged, the node what it sent and the client had not.
+        """
+        up, down = (path.read_text().split() for path in (self.notes, node_notes(self.rig)))
+        return len(up), sum(int(sent) > 0 and int(got) > 0 for sent, got in zip(up, down, strict=False))
 
 
-def start_node(rig: Rig, runner: list[str], env: dict[str, str]) -> Daemon:
-    """Starts the node by a test's own runner instead of `sterna up`; returns once it listens."""
-    words = [sys.executable, *runner, os.fspath(rig.state), os.fspath(rig.sockets), str(rig.port)]
-    node = rig.node = Daemon(words, {**rig.env, **env}, rig.directory / "node.log")
+def node_notes(rig: Rig) -> Path:
+    """Where the node of `start_node` notes what was unacknowledged when an attachment ended."""
+    return rig.directory / "node-notes"
+
+
+def start_node(rig: Rig, *, die: str = "", broken: str = "") -> Daemon:
+    """Starts the node by `exact_node.py` instead of `sterna up`; returns once it listens, or died as told."""
+    words = [sys.executable, os.fspath(HERE / "exact_node.py"), os.fspath(rig.state), os.fspath(rig.sockets), str(rig.port)]
+    env = {**rig.env, "EXACT_NODE_NOTES": os.fspath(node_notes(rig)), "EXACT_DIE": die, "EXACT_BREAK": broken}
+    node = rig.node = Daemon(words, env, rig.directory / "node.log")
     wait_for(lambda: node.first_line() or not node.running, name="the node")
     return node
 

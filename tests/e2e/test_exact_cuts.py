@@ -6,29 +6,29 @@ import time
 
 import pytest
 
-from tests.e2e.exact_rig import ByteCutProxy, Duplex, elapsed, new_seed, size_of
+from tests.e2e.exact_rig import ByteCutProxy, Duplex, elapsed, new_seed, size_of, start_node
 from tests.e2e.rig import Rig
 
 CUTS = 110
 
 
-def run(short: int, *, broken: str = "") -> tuple[str, int, tuple[int, int]]:
+def run(short: int, *, broken: str = "", broken_node: str = "", seconds: float = 600.0) -> tuple[str, int, tuple[int, int]]:
     seed, size = new_seed(), size_of(short)
     with Rig() as rig:
         duplex = Duplex(rig, seed, size)
-        rig.start_node()
+        start_node(rig, broken=broken_node)
         proxy = ByteCutProxy(rig.port, seed, 2 * size // (CUTS + 15), CUTS)
         start = time.monotonic()
         try:
             pipe = duplex.start(duplex.words(proxy.port, broken=broken), streams=True)
-            said = duplex.finish(pipe, 50 if short < 50 else 600)
+            said = duplex.finish(pipe, seconds)
         finally:
             proxy.close()
         fault = duplex.fault()
         lost, both = duplex.cuts()
         print(
             f"{size / 1e6:.0f} MB each way in {elapsed(start)}: {proxy.cuts} connections cut, {lost} of them in use, "
-            f"{both} with unacknowledged bytes in both directions; exit status {pipe.returncode} {said} {fault}"
+            f"{both} with unacknowledged bytes in both directions; exit status {pipe.returncode} {said[:200]} {fault}"
         )
         return fault or said, pipe.returncode, (lost, both)
 
@@ -44,5 +44,12 @@ def test_every_byte_arrives_once_through_a_hundred_cuts() -> None:
 
 @pytest.mark.timeout(120)
 def test_control_a_client_that_does_not_send_again_is_caught() -> None:
-    fault, _, _ = run(5, broken="forget")
+    fault, _, _ = run(5, broken="forget", seconds=10.0)
     assert "differs" in fault
+
+
+@pytest.mark.timeout(120)
+def test_control_a_node_that_lets_the_agent_run_on_is_caught() -> None:
+    fault, status, _ = run(25, broken_node="overwrite")
+    assert "differs" in fault
+    assert status == 1

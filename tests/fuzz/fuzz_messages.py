@@ -17,7 +17,11 @@ with atheris.instrument_imports(include=["sterna"]):
 
 VECTORS = json.loads((Path(__file__).parents[2] / "docs/vectors.json").read_text(encoding="utf-8"))
 SAMPLES = [
-    *((messages.MESSAGES[case["type"]], bytes.fromhex(case["payload"])) for case in VECTORS["frames"] if "message" in case),
+    *(
+        (messages.MESSAGES[case["type"]], bytes.fromhex(case["payload"]))
+        for case in VECTORS["frames"]
+        if "message" in case
+    ),
     (messages.ConnectBody, bytes.fromhex(VECTORS["signed"][0]["body"])),
     (messages.ResumeBody, bytes.fromhex(VECTORS["signed"][1]["body"])),
 ]
@@ -32,7 +36,11 @@ def edited(sample: bytes, edits: bytes) -> bytes:
     """Returns a good payload with a few bytes changed, added or taken out: noise alone never gets past the first key."""
     data = bytearray(sample)
     for at in range(0, len(edits) - 3, 4):
-        where, what, value = int.from_bytes(edits[at : at + 2], "big") % (len(data) + 1), edits[at + 2] % 3, edits[at + 3]
+        where, what, value = (
+            int.from_bytes(edits[at : at + 2], "big") % (len(data) + 1),
+            edits[at + 2] % 3,
+            edits[at + 3],
+        )
         if what == 0 and where < len(data):
             data[where] = value
         elif what == 1:

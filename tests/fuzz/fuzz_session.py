@@ -1,7 +1,8 @@
-"""Fuzzes a session's machine with hostile clients and a hostile pod, and the pod's machine with a hostile node.
+"""Fuzzes a session's machine with hostile clients and a hostile pod, the pod's and the client's with a hostile node.
 
 What clients send never raises. What a pod sends may raise ProtocolError, which ends the pod's connection; what a node sends
-to a pod may raise ProtocolError, which ends the node's connection. Nothing else is allowed.
+to a pod may raise ProtocolError, which ends the node's connection. What a node sends to a client never raises. Nothing else is
+allowed.
 
 Run as `python -m tests.fuzz.fuzz_session [CORPUS] [-runs=N] [-max_total_time=SECONDS]`.
 """
@@ -14,11 +15,12 @@ import atheris
 
 with atheris.instrument_imports(include=["sterna"]):
     from sterna import limits
-    from sterna.errors import ProtocolError
+    from sterna.errors import Code, ProtocolError
     from sterna.ids import AttachmentId, DeviceId, SessionUid
     from sterna.journal.memory import MemoryLog
     from sterna.protocol import messages, podside
-    from sterna.protocol.frame import LOW, PAYLOAD_LIMITS_BYTES, Type
+    from sterna.protocol.client import ClientMachine, Dial, Output
+    from sterna.protocol.frame import LOW, PAYLOAD_LIMITS_BYTES, Type, encode
     from sterna.protocol.link import Link
     from sterna.protocol.session import Attachment, Lane, Session
     from sterna.protocol.states import State
@@ -44,6 +46,9 @@ class Port:
     def lane_handle(self, session: Session, lane: Lane) -> int:
         self.lanes.append(lane)
         return len(self.lanes) + 1
+
+    def release(self, session: Session) -> None:
+        self.lanes.clear()
 
 
 class Source:
@@ -169,7 +174,13 @@ class NodeWorld:
             lost = messages.Lost(source.number(), source.number()) if source.below(2) else None
             session.pod_snapshot(
                 messages.Snapshot(
-                    source.number(), source.below(2), bool(source.below(2)), False, source.bytes_(100), lost, source.below(4)
+                    source.number(),
+                    source.below(2),
+                    bool(source.below(2)),
+                    False,
+                    source.bytes_(100),
+                    lost,
+                    source.below(4),
                 ),
                 self.now,
             )
@@ -216,7 +227,9 @@ def pod_under_a_hostile_node(source: Source) -> None:
         kind = POD_KINDS[source.below(len(POD_KINDS))]
         event = None
         try:
-            event = pod.receive(link, (int(kind), source.below(4), source.number() & LOW, pod_payload(kind, source)), now)
+            event = pod.receive(
+                link, (int(kind), source.below(4), source.number() & LOW, pod_payload(kind, source)), now
+            )
         except ProtocolError:
             pod.disconnected(link)
             link = Link()
@@ -255,11 +268,80 @@ def pod_payload(kind: Type, source: Source) -> bytes:
     return messages.pack(made) if made is not None else source.bytes_(PAYLOAD_LIMITS_BYTES[kind])
 
 
+def client_under_a_hostile_node(source: Source) -> None:
+    """The client's machine takes any frames on any of its connections and never raises."""
+    body = messages.ConnectBody(messages.CONTEXT_CONNECT, NODE, b"r" * 16, b"k", b"a" * 16, "")
+    client = ClientMachine(
+        body, device=b"d" * 32, sign=lambda context, signed: b"s" * 64, counter=lambda: 1,
+        raise_counter=lambda value: None, random=bytes, now=1,
+    )  # fmt: skip
+    now, known = 1, []
+    for _ in range(80):
+        if not source.more() or client.finished:
+            break
+        now += (0, 1, 300_000_000, 3_000_000_000)[source.below(4)]
+        while (action := client.next_action()) is not None:
+            if isinstance(action, Dial):
+                known.append(action.connection)
+                if source.below(8):
+                    client.established(action.connection, now)
+                else:
+                    client.dial_failed(action.connection, now, refused=bool(source.below(2)))
+            else:
+                client.farewell(action.connection)
+        number = known[-1 - source.below(min(3, len(known)))] if known else 0
+        choice = source.below(16)
+        if choice < 12:
+            kind, payload = node_message(source)
+            client.receive(number, encode(kind, source.below(3), source.number(), payload), now)
+        elif choice == 12:
+            client.lost(number, now)
+        elif choice == 13:
+            client.write(bytes(source.below(2000)), now)
+        elif choice == 14:
+            client.suspect(now, "fuzz")
+        else:
+            client.handle_timeout(now)
+        while (event := client.next_event()) is not None:
+            if isinstance(event, Output) and source.below(2):
+                client.handled(event.end, now)
+        client.data_to_send()
+        assert client.input.end - client.input.base <= limits.WINDOW_BYTES
+
+
+def node_message(source: Source) -> tuple[Type, bytes]:
+    """Returns what a node might send to a client, or something like it."""
+    number, lost = source.number, messages.Lost(source.number(), source.number()) if source.below(2) else None
+    wait = (None, 0.1, float("nan"), float("inf"), -1.0)[source.below(5)]
+    codes = list(Code)
+    made: list[tuple[Type, messages.Message | bytes]] = [
+        (Type.ACCEPT, messages.Accept(UID, 1, "pty", 1, NODE, "n", "a", number(), 0, 1000, 15, head=number())),
+        (Type.RESUMED, messages.Resumed(1, source.below(3), number(), number() if source.below(4) else None, lost)),
+        (Type.DATA, source.bytes_(limits.PAYLOAD_MAX_BYTES)),
+        (Type.ACK, number().to_bytes(8, "big")[: source.below(10)]),
+        (Type.SNAPSHOT, messages.Snapshot(number(), source.below(2), bool(source.below(2)), False, b"x", lost)),
+        (Type.ERROR, messages.error(codes[source.below(len(codes))], "x", retry_after=wait, value=number())),
+        (Type.CLOSE, messages.Close(output=number())),
+        (Type.EVENT, messages.Event("uncertain", start=number(), end=number())),
+        (Type.SUSPEND, messages.Suspend(number())),
+        (Type.PONG, source.bytes_(64)),
+        (Type.PING, source.bytes_(64)),
+    ]
+    kind, message = made[source.below(len(made))]
+    if not source.below(8):
+        return kind, source.bytes_(PAYLOAD_LIMITS_BYTES[kind])
+    return kind, message if isinstance(message, bytes) else messages.pack(message)
+
+
 def one(data: bytes) -> None:
     """Checks one input; the steps themselves say which exceptions are allowed."""
     source = Source(data)
-    if source.below(3) == 0:
+    which = source.below(4)
+    if which == 0:
         pod_under_a_hostile_node(source)
+        return
+    if which == 1:
+        client_under_a_hostile_node(source)
         return
     world = NodeWorld(source)
     for _ in range(80):

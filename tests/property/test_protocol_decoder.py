@@ -55,7 +55,12 @@ def test_any_split_gives_the_same(sent: list[Frame], cuts: list[int], missing: i
         assert whole == (sent, None)
 
 
-@given(st.lists(frames(), min_size=1, max_size=4), st.binary(max_size=60), st.integers(0, 5000), st.lists(st.integers(0, 5000)))
+@given(
+    st.lists(frames(), min_size=1, max_size=4),
+    st.binary(max_size=60),
+    st.integers(0, 5000),
+    st.lists(st.integers(0, 5000)),
+)
 def test_any_bytes_give_the_same_for_any_split(sent: list[Frame], junk: bytes, where: int, cuts: list[int]) -> None:
     data = b"".join(encode(*frame) for frame in sent)
     where %= len(data) + 1
@@ -63,7 +68,12 @@ def test_any_bytes_give_the_same_for_any_split(sent: list[Frame], junk: bytes, w
     assert decode([data]) == decode(split(data, cuts)) == decode([bytes([byte]) for byte in data])
 
 
-@given(st.lists(frames(), min_size=1, max_size=4), st.integers(0, 1 << 30), st.integers(1, 16), st.integers(1, (1 << 16) - 1))
+@given(
+    st.lists(frames(), min_size=1, max_size=4),
+    st.integers(0, 1 << 30),
+    st.integers(1, 16),
+    st.integers(1, (1 << 16) - 1),
+)
 @settings(max_examples=300)
 def test_a_burst_of_16_bits_never_yields_a_wrong_frame(sent: list[Frame], place: int, width: int, pattern: int) -> None:
     """A CRC-16 finds every burst of up to 16 bits (Peterson and Brown 1961); a broken length moves the frame's end."""

@@ -41,11 +41,15 @@ class Port:
         self.node, self.link, self.features = node, link, features
         self.handle = 1
         self.lanes: dict[int, Lane] = {}
+        self.released = False
 
     def lane_handle(self, session: Session, lane: Lane) -> int:
         handle = len(self.lanes) + 2
         self.lanes[handle] = lane
         return handle
+
+    def release(self, session: Session) -> None:
+        self.released = True
 
 
 class Node:

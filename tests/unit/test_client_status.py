@@ -6,67 +6,18 @@ The user's terminal is played by the engine that pods use, the model by a second
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 
+from sterna.cli.screenmodel import EngineModel
 from sterna.client.status import OutputTail, StatusLine, cells, cut, unfinished
 from sterna.client.terminal import ModeTracker
 from sterna.limits import CLIENT_TAIL_BYTES
 from sterna.pod.screen_ghostty import GhosttyTerminal
-from sterna.pod.snapshot import ScreenState
 from sterna.units import SECOND
 
 COLS, ROWS = 60, 10
 TEXT = "sterna: reconnecting to host … {} s  (~. to give up)"
-
-
-# The engine writes the first eight colours of the pen by number; terminals may brighten only SGR 30 to 37 when bold.
-_PALETTE = re.compile(rb"\x1b\[([34])8;5;([0-7])m")
-
-
-def _first_colour(found: re.Match[bytes]) -> bytes:
-    return b"\x1b[" + found[1] + found[2] + b"m"
-
-
-class Model:
-    """The screen model as `sterna attach` makes it from the engine."""
-
-    def __init__(self, cols: int, rows: int) -> None:
-        self._terminal = GhosttyTerminal(cols, rows, 0)
-        self._rows = rows
-        self._read: ScreenState | None = None
-
-    def _state(self) -> ScreenState:
-        if self._read is None:
-            state = self._terminal.state(scrollback=False)
-            self._read = state.alternate or state.main
-        return self._read
-
-    def feed(self, data: bytes) -> None:
-        self._terminal.feed(data)
-        self._read = None
-
-    def cursor(self) -> tuple[int, int, bool]:
-        cursor = self._state().cursor
-        return cursor.y, cursor.x, cursor.wrap_pending
-
-    def pen_vt(self) -> bytes:
-        return _PALETTE.sub(_first_colour, self._state().cursor.pen.write())
-
-    def row_text(self, row: int) -> str:
-        return self._state().rows[row].text()
-
-    def row_vt(self, row: int) -> bytes:
-        painted = b"\x1b[m"
-        for run in self._state().rows[row].runs:
-            if run.text:
-                painted += b"\x1b[0%b%bm%b" % (run.style, run.background, run.text.encode())
-            elif run.background:
-                painted += b"\x1b[0%bm\x1b[%dX\x1b[%dC" % (run.background, run.width, run.width)
-            else:
-                painted += b"\x1b[%dC" % run.width
-        return painted
 
 
 class Session:
@@ -79,7 +30,7 @@ class Session:
             terminal.feed(before)
         self.tail = OutputTail()
         self.modes = ModeTracker()
-        make = Model if model else None
+        make = EngineModel if model else None
         self.status = StatusLine("host", self.tail, self.modes, make, color=color, unicode=unicode)
         self.now = 0
 
@@ -244,7 +195,7 @@ def test_without_a_model_the_title_is_used() -> None:
 
 
 def test_a_model_that_fails_is_no_failure() -> None:
-    def broken(cols: int, rows: int) -> Model:
+    def broken(cols: int, rows: int) -> EngineModel:
         raise ImportError("no engine")
 
     status = StatusLine("host", OutputTail(), ModeTracker(), broken)
@@ -286,7 +237,7 @@ def test_no_color_and_no_unicode() -> None:
 def test_it_is_cut_and_never_wraps_or_scrolls(cols: int) -> None:
     terminal, untouched = GhosttyTerminal(cols, 3), GhosttyTerminal(cols, 3)
     tail, modes = OutputTail(), ModeTracker()
-    status = StatusLine("主机主机", tail, modes, Model)
+    status = StatusLine("主机主机", tail, modes, EngineModel)
     for known in (terminal, untouched):
         known.feed(CLEAR)
     tail.append(CLEAR)

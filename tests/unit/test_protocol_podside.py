@@ -30,7 +30,9 @@ def connect(pod: PodMachine) -> Link:
     return link
 
 
-def give(pod: PodMachine, link: Link, kind: Type, handle: int, message: messages.Message | bytes, seq: int = 0) -> object:
+def give(
+    pod: PodMachine, link: Link, kind: Type, handle: int, message: messages.Message | bytes, seq: int = 0
+) -> object:
     payload = message if isinstance(message, bytes) else messages.pack(message)
     return pod.receive(link, (int(kind), handle, seq, payload), NOW)
 
@@ -213,6 +215,6 @@ def test_a_session_nobody_asked_to_make_is_not_made() -> None:
 def test_sizes_are_bounded_from_the_start() -> None:
     pod = machine()
     link = connect(pod)
-    opening = give(pod, link, Type.OPEN, 1, messages.Open(UID, 0, fresh=True, cols=1 << 40, rows=-3))
+    opening = give(pod, link, Type.OPEN, 1, messages.Open(UID, 0, fresh=True, cols=1 << 40, rows=0))
     assert isinstance(opening, podside.Opening)
-    assert (opening.session.cols, opening.session.rows) == (limits.SIZE_MAX_CELLS, 1)
+    assert (opening.session.cols, opening.session.rows) == (limits.SIZE_MAX_CELLS, 24)

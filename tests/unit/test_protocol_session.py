@@ -29,10 +29,14 @@ class Port:
         self.handle = 1
         self.features = frozenset(features)
         self.lanes: dict[int, Lane] = {}
+        self.released = False
 
     def lane_handle(self, session: Session, lane: Lane) -> int:
         self.lanes[len(self.lanes) + 2] = lane
         return len(self.lanes) + 1
+
+    def release(self, session: Session) -> None:
+        self.released = True
 
 
 def sent(link: Link) -> list[Frame]:
@@ -46,7 +50,9 @@ def kinds(link: Link) -> list[Type]:
     return [Type(kind) for kind, _, _, _ in sent(link)]
 
 
-def opened(session: Session, *lanes: tuple[bytes, int], features: tuple[str, ...] = (), base: int | None = None) -> Port:
+def opened(
+    session: Session, *lanes: tuple[bytes, int], features: tuple[str, ...] = (), base: int | None = None
+) -> Port:
     port = Port(*features)
     end = session.log.end
     states = [LaneState(attachment, position) for attachment, position in lanes]
@@ -278,7 +284,7 @@ def test_a_gap_is_named_exactly() -> None:
 
 
 def test_a_driver_that_stands_still_holds_the_agent_ten_seconds() -> None:
-    target, still = session(), attachment()
+    target, still = session(), attachment(exact=False)
     port = opened(target)
     attach(target, still)
     size = limits.WINDOW_BYTES
@@ -310,3 +316,15 @@ def test_nothing_comes_back_from_closed_and_everything_can_get_there() -> None:
             before = set(reached)
             reached |= {after for (at, _), after in TRANSITIONS.items() if at in reached}
         assert State.CLOSED in reached
+
+
+def test_an_exact_driver_that_is_alone_holds_the_agent_as_long_as_it_takes() -> None:
+    target, still = session(), attachment()
+    port = opened(target)
+    attach(target, still)
+    for _ in range(6):
+        target.pod_data(target.log.end, bytes(60_000), NOW)
+    target.handle_timeout(NOW + SECOND)
+    target.handle_timeout(NOW + 1000 * SECOND)
+    assert max(f[2] for f in sent(port.link) if f[0] == Type.ACK) == limits.WINDOW_BYTES < target.log.end
+    assert target.next_timeout() is None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from sterna.cli.options import node_options
 from sterna.cli.ssh import ssh_options
+
+if TYPE_CHECKING:
+    from sterna.client.status import ScreenModel
 
 
 @click.command()
@@ -20,8 +25,8 @@ from sterna.cli.ssh import ssh_options
 @ssh_options
 @node_options
 def attach(
-    target: str | None, name: str | None, fresh: bool, watch: bool, displace: bool, escape: str, clipboard: bool, notify: bool,
-    state: str | None, host: str | None, port: int | None,
+    target: str | None, name: str | None, fresh: bool, watch: bool, displace: bool, escape: str, clipboard: bool,
+    notify: bool, state: str | None, host: str | None, port: int | None,
 ) -> int:  # fmt: skip
     """A terminal on a session: your latest with an AGENT, one by NAME, or the one of a share LINK.
 
@@ -40,4 +45,12 @@ def attach(
     options.clipboard = clipboard
     options.notify = notify
     options.mode = "watch" if watch else "drive"
+    options.make_screen = _make_screen
     return client.attach(endpoint, wish, options)
+
+
+def _make_screen(cols: int, rows: int) -> ScreenModel:
+    """Returns the status line's model of the terminal; the engine is loaded when there is trouble to tell of."""
+    from sterna.cli.screenmodel import EngineModel
+
+    return EngineModel(cols, rows)

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import msgspec
 
 from sterna import paths
+from sterna.client.calls import Caller
 from sterna.client.endpoint import DEFAULT_PORT, LOCAL_SOCKET, Endpoint, state_of_node
-from sterna.client.remote import Remote, ask
+from sterna.client.remote import Remote
 from sterna.errors import AgentError, ConnectionLostError, UsageError
 from sterna.trust import base64url
 from sterna.trust.fingerprint import fingerprint
@@ -68,8 +69,9 @@ def answer(line: bytes, environ: Mapping[str, str] = os.environ) -> str:
         if local is None:
             started = True
             local = _start(base, _listen_on(request, came_in), request.port, environ)
-    about = ask(local, "node", seconds=_ASK_SECONDS)
-    token = ask(local, "token", {"ttl": TOKEN_SECONDS}, seconds=_ASK_SECONDS)["token"]
+    with Caller(local, state=base, timeout=_ASK_SECONDS) as caller:
+        about = caller.call("node")
+        token = caller.call("token", ttl=TOKEN_SECONDS)["token"]
     pin = local_pin(state_of_node(base))
     assert pin is not None
     host = str(about["host"])
@@ -121,7 +123,7 @@ def _running(base: str) -> Endpoint | None:
         return None
     local = Endpoint("this machine", [(socket.AF_UNIX, path)], pin.node_id, context=None, credential=token)
     try:
-        ask(local, "node", seconds=_ASK_SECONDS)
+        Caller(local, state=base, timeout=_ASK_SECONDS).close()
     except ConnectionLostError:
         return None
     return local

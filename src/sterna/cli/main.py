@@ -72,7 +72,9 @@ def cli(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line: errors become one sentence on standard error; exit status 0, 1 (failed) or 2 (wrong use)."""
+    """Runs the command line: errors become one sentence on standard error; exit status 0, 1 (failed) or 2 (wrong
+    use).
+    """
     try:
         result = cli.main(prog_name="sterna", standalone_mode=False)
         status = result if isinstance(result, int) else 0

@@ -15,7 +15,9 @@ def node_options(command: F) -> F:
     for option in (
         click.option("--port", type=click.IntRange(1, 65535), help="Its TCP port (7220)."),
         click.option("--host", help="The node's host; without it, this machine's node."),
-        click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state."),
+        click.option(
+            "--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state."
+        ),
     ):
         command = option(command)
     return command

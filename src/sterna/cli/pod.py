@@ -14,7 +14,13 @@ import click
 @click.option("--tenant", default="local", show_default=True, help="Whose agent it is.")
 @click.option("--agent", required=True, help="The agent's name.")
 @click.option("--sockets", type=click.Path(file_okay=False), help="Directory of pod sockets.")
-@click.option("--kind", type=click.Choice(["pty", "stream"]), default="pty", show_default=True, help="Under a terminal, or on pipes.")
+@click.option(
+    "--kind",
+    type=click.Choice(["pty", "stream"]),
+    default="pty",
+    show_default=True,
+    help="Under a terminal, or on pipes.",
+)
 @click.option("--cwd", type=click.Path(file_okay=False), help="Where the command runs (default: your home directory).")
 @click.argument("command", nargs=-1, required=True)
 def pod(tenant: str, agent: str, sockets: str | None, kind: str, cwd: str | None, command: tuple[str, ...]) -> None:
@@ -26,7 +32,11 @@ def pod(tenant: str, agent: str, sockets: str | None, kind: str, cwd: str | None
 
     directory = paths.private_dir(sockets) if sockets else paths.runtime_dir()
     starter = ProgramStarter(
-        list(command), kind="stream" if kind == "stream" else "pty", cwd=cwd or os.path.expanduser("~"), env=os.environ, agent=agent
+        list(command),
+        kind="stream" if kind == "stream" else "pty",
+        cwd=cwd or os.path.expanduser("~"),
+        env=os.environ,
+        agent=agent,
     )
 
     async def serve() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable
 
@@ -31,16 +32,20 @@ async def serve_node(config: NodeConfig, ready: Callable[[Ready], None]) -> None
     loop = asyncio.get_running_loop()
     node = Node(config)
     interrupted = asyncio.Event()
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(node.close)
         node.start()
+        if config.metrics_port:
+            from sterna.node.metrics import MetricsServer
+
+            metrics = await MetricsServer.start(node, config.metrics_host, config.metrics_port)
+            stack.push_async_callback(metrics.close)
         loop.add_signal_handler(signal.SIGTERM, node.stop_requested.set)
         loop.add_signal_handler(signal.SIGINT, _interrupt, node, interrupted)
         await asyncio.to_thread(ready, Ready(node))
         await node.stop_requested.wait()
         if not interrupted.is_set():
             await node.drain()
-    finally:
-        await node.close()
 
 
 def _interrupt(node: Node, interrupted: asyncio.Event) -> None:

@@ -265,7 +265,7 @@ def _tunnelled(command: list[str], target: Target, remote: Remote, context: clic
     path = os.path.join(directory.name, "s")
     host = f"[{remote.host}]" if ":" in remote.host else remote.host
     words = _words(
-        command, target, *_PLAIN, "-N", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindUnlink=yes",
+        command, target, *_PLAIN, "-N", "-o", "ExitOnForwardFailure=no", "-o", "StreamLocalBindUnlink=yes",
         "-o", "ServerAliveInterval=5", "-o", "ControlPath=none", "-L", f"{path}:{host}:{remote.port}",
     )  # fmt: skip
     tunnel = _Tunnel(words, path)

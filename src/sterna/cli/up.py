@@ -21,14 +21,14 @@ _POD_SECONDS = 10.0
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7220, show_default=True, type=click.IntRange(0, 65535), help="TCP port.")
 @click.option("--web-port", default=7222, hidden=True, type=click.IntRange(0, 65535))
-@click.option("--quic-port", default=7221, hidden=True, type=click.IntRange(0, 65535))
-@click.option("--no-web", is_flag=True, hidden=True)
+@click.option("--quic-port", default=7221, hidden=True, expose_value=False, type=click.IntRange(0, 65535))
+@click.option("--no-web", is_flag=True, hidden=True, expose_value=False)
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--agent", default="main", show_default=True, help="The agent's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.argument("command", nargs=-1)
 def up(
-    host: str, port: int, web_port: int, quic_port: int, no_web: bool, state: str | None, agent: str, as_json: bool,
+    host: str, port: int, web_port: int, state: str | None, agent: str, as_json: bool,
     command: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Start everything on this machine: a node, and one agent that runs COMMAND (default: your shell).
@@ -128,5 +128,3 @@ def down(state: str | None) -> None:
     if not stopped:
         raise UsageError("Nothing runs here.")
     print(f"Stopped {stopped} process{'es' if stopped > 1 else ''}.")
-
-

@@ -257,8 +257,9 @@ class _Driver:
             sock.close()
         pump = self._pumps.pop(number, None)
         if pump is not None:
-            if number not in self._shaking and isinstance(pump.link, _Outlet):
-                pump.link.put(self.machine.farewell(number))
+            last = self.machine.farewell(number)
+            if last and number not in self._shaking and isinstance(pump.link, _Outlet):
+                pump.link.put(last)
                 pump.flush()
             self._shaking.discard(number)
             pump.abort("dropped")
@@ -295,8 +296,8 @@ class _Driver:
 class Session:
     """A session that this program is attached to, through any failure of the network; made by `connect`.
 
-    Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more. `async
-    with` leaves politely at its end: the session goes on without us. One task may read while others write.
+    Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more.
+    `async with` leaves politely at its end: the session goes on without us. One task may read while others write.
     """
 
     def __init__(
@@ -455,7 +456,8 @@ class Session:
     async def wait_closed(self) -> int | None:
         """Waits until the session ended, or this attachment; returns the exit status as `exit_status` does.
 
-        Output must be read meanwhile (by another task), or the program may wait for it. Raises what ended the attachment.
+        Output must be read meanwhile (by another task), or the program may wait for it. Raises what ended the
+        attachment.
         """
         conversation = self._conversation
         while not conversation.over:
@@ -486,21 +488,16 @@ class Session:
             self.abort()
 
     async def close(self) -> int | None:
-        """Ends the session for good, its program too; returns the exit status if there was one. Unread output is lost."""
-        conversation = self._conversation
+        """Ends the session for good, its program too; returns the exit status if any. Unread output is lost."""
+        conversation, asked = self._conversation, -1
         while not conversation.over:
             conversation.check_writable()
-            sent = False
-
-            def ask() -> None:
-                nonlocal sent
-                sent = self._machine.close(time.monotonic_ns())
-
-            self._driver.run(ask)
-            while not conversation.over and (not sent or self._machine.active is not None):
+            active = self._machine.active
+            if active is not None and active != asked:
+                asked = active
+                self._driver.run(lambda: self._machine.close(time.monotonic_ns()))
+            else:
                 await self._change()
-                if not sent and self._machine.active is not None:
-                    break
         if conversation.error is not None:
             self.abort()
             raise conversation.error
@@ -580,7 +577,7 @@ async def connect(  # noqa: PLR0913  # everything that the command line can say,
     `target` is a share link, a session's name or an agent's; without it the latest session with `agent`, the one called
     `name` (made if absent), or a `new` one, which `argv` and `cwd` (of the node's machine) make too. The node is this
     machine's, that of the state directory `state`, or at `host` and `port` with access `token`; `link` names all of it.
-    `exact` gives every byte from position `output`, or the oldest kept; without it what repaints the screen comes first.
+    `exact` gives every byte from position `output`, or the oldest kept; else what repaints the screen comes first.
     `size` is our terminal's (columns, rows), if there is one; `displace` ends all other attachments; `timeout` is in
     seconds. `on_event` gets every Gap, Uncertain, Trouble and Notice. Raises SternaError with what to do.
     """

@@ -114,7 +114,9 @@ class Attach:
             elif self._close.status is None and self._close.signal is None:
                 lines.append(f"The session {self._name} was closed.")
         elif self._left:
-            lines.append(f"Detached from {self._name}; `sterna attach --name {self._name}` comes back." if self._name else "")
+            lines.append(
+                f"Detached from {self._name}; `sterna attach --name {self._name}` comes back." if self._name else ""
+            )
         return "\n".join(line for line in lines if line)
 
     # ---- the terminal ------------------------------------------------------------------------------------------
@@ -251,7 +253,8 @@ class Attach:
 
 
 def attach(endpoint: Endpoint, wish: Wish, options: AttachOptions) -> int:
-    """Attaches this process's terminal to a session; returns the exit status: the program's, 0 after leaving, 1 on failure.
+    """Attaches this process's terminal to a session; returns the exit status: the program's, 0 after leaving, 1 on
+    failure.
 
     Raises UsageError without a terminal, TrustError, StorageError or ConnectionLostError before the session is there.
     """

@@ -25,8 +25,8 @@ _LEAVE_SECONDS = 3.0
 class BlockingSession:
     """A session that this program is attached to, through any failure of the network; made by `connect`.
 
-    Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more. `with`
-    leaves politely at its end: the session goes on without us. Timeouts are in seconds and raise TimeoutError.
+    Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more.
+    `with` leaves politely at its end: the session goes on without us. Timeouts are in seconds and raise TimeoutError.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class BlockingSession:
             self.abort()
 
     def close(self, *, timeout: float | None = None) -> int | None:
-        """Ends the session for good, its program too; returns the exit status if there was one. Unread output is lost."""
+        """Ends the session for good, its program too; returns the exit status if any. Unread output is lost."""
         conversation = self._conversation
         asked = -1
 

@@ -8,6 +8,8 @@ import ssl
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sterna.client.endpoint import Address, Endpoint, client_state
 from sterna.client.session import device_label
 from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, TrustError, UsageError
@@ -64,7 +66,7 @@ class Caller:
         """Returns the value of one CALL; the node's refusal is raised as RefusedError with the node's own sentence."""
         self._deadline = time.monotonic() + self._timeout
         self._ids += 1
-        self._link.send_message(Type.CALL, 0, Call(self._ids, method, messages.msgspec.Raw(messages.pack(params))))
+        self._link.send_message(Type.CALL, 0, Call(self._ids, method, msgspec.Raw(messages.pack(params))))
         self._send()
         while True:
             kind, _handle, _seq, payload = self._frame()
@@ -73,10 +75,10 @@ class Caller:
                 if result.id == self._ids:
                     if result.error is not None:
                         raise _refusal(result.error)
-                    return messages.msgspec.msgpack.decode(result.value)
+                    return msgspec.msgpack.decode(result.value)
 
     def pages(self, method: str, key: str, **params: Any) -> Iterator[Any]:
-        """Yields the items of a list that comes in pages: `key` names them in each page, `next` says where the next begins.
+        """Yields the items of a list that comes in pages: `key` names them in each, `next` says where the next begins.
 
         Raises ProtocolError when the pages have no end.
         """

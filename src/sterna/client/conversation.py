@@ -52,7 +52,7 @@ class Plan:
         return error
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913  # everything that the command line can say, by name
     target: str | None,
     *,
     agent: str,
@@ -90,7 +90,7 @@ def make_plan(
 class Conversation:
     """One attachment's bytes and fate; the driver passes the machine's events to `event`.
 
-    `on_event` is called with every Happening instead of keeping it in `happenings`, where the newest HAPPENINGS_MAX stay.
+    `on_event` is called with every Happening; else they are kept in `happenings`, the newest HAPPENINGS_MAX of them.
     """
 
     __slots__ = (
@@ -153,7 +153,7 @@ class Conversation:
 
     @property
     def position(self) -> int:
-        """The output position of the byte that `take` returns next; what repaints a screen has the position after it."""
+        """The output position of the byte that `take` returns next; what repaints a screen has the one after it."""
         if not self._queue:
             return self.machine.intake.next
         data, end, repaints = self._queue[0]
@@ -172,13 +172,13 @@ class Conversation:
 
         Raises what ended the attachment, once, after all output.
         """
+        if not limit:
+            raise UsageError("Nothing can be read with a limit of 0: use 1 or more, or -1 for all there is.")
         queue = self._queue
         if not queue:
             if self.error is not None:
                 raise self.error
             return b"" if self.over else None
-        if limit == 0:
-            return None
         parts: list[bytes] = []
         room = limit
         while queue and room:

@@ -1,4 +1,6 @@
-"""The poll() loop that drives a `ClientMachine` in a terminal program: no asyncio, so it starts fast and answers fast."""
+"""The poll() loop that drives a `ClientMachine` in a terminal program: no asyncio, so it starts fast and answers
+fast.
+"""
 
 from __future__ import annotations
 

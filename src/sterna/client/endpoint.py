@@ -64,12 +64,18 @@ def resolve(host: str, port: int) -> list[Address]:
 
 
 def find(
-    *, state: str | None = None, host: str | None = None, port: int | None = None, link: str | None = None, token: str | None = None
+    *,
+    state: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    link: str | None = None,
+    token: str | None = None,
 ) -> Endpoint:
     """Returns the node that is meant, ready to be dialled.
 
-    A link names everything; `host` goes over TCP and TLS, with the local node's certificate and token if `state` holds that
-    node; neither means the node of this user on this machine, over its Unix socket. Raises SternaError with what to do.
+    A link names everything; `host` goes over TCP and TLS, with the local node's certificate and token if `state` holds
+    that node; neither means the node of this user on this machine, over its Unix socket. Raises SternaError with what
+    to do.
     """
     if link is not None:
         return _by_link(parse_link(link), state)
@@ -133,7 +139,9 @@ def _handshake(addresses: list[Address], host: str, context: ssl.SSLContext) -> 
             return context.wrap_socket(sock)
         except ssl.SSLCertVerificationError:
             sock.close()
-            raise TrustError(f"The node at {host} does not hold the key of its own certificate; do not go on.") from None
+            raise TrustError(
+                f"The node at {host} does not hold the key of its own certificate; do not go on."
+            ) from None
         except OSError as error:
             sock.close()
             reason = error.strerror or str(error)

@@ -1,7 +1,4 @@
-"""Nodes of other machines that were reached over ssh: what is remembered of them, and whether they answer directly.
-
-Also the one blocking CALL that short commands need (docs/protocol.md, section 6).
-"""
+"""Nodes of other machines that were reached over ssh: what is remembered of them, and whether they answer directly."""
 
 from __future__ import annotations
 
@@ -11,32 +8,23 @@ import os
 import re
 import select
 import socket
-import ssl
 import time
-from typing import Any
 
 import msgspec
 
 from sterna import limits, paths
+from sterna.client.calls import Caller
 from sterna.client.endpoint import Address, Endpoint, client_state, resolve
-from sterna.client.session import device_label
-from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, SternaError, TrustError, UsageError
+from sterna.errors import ConnectionLostError, SternaError, TrustError, UsageError
 from sterna.ids import NodeId, check_agent
-from sterna.protocol import messages
-from sterna.protocol.frame import Type
-from sterna.protocol.link import Link
 from sterna.trust import base64url
 from sterna.trust.certificate import CERTIFICATE_MAX_BYTES, node_id_of
-from sterna.trust.device import DeviceKey
 from sterna.trust.fingerprint import parse_fingerprint
 from sterna.trust.pins import Pin
 
 ADDRESSES_MAX = 16
 RECORD_MAX_BYTES = 64 * 1024
-ANSWER_SECONDS = 5.0
 _GRACE_SECONDS = 0.05
-_READ_BYTES = 65_536
-_ANSWER_MAX_BYTES = 1024 * 1024
 _TARGET = re.compile(
     r"(?:ssh://)?(?:(?P<user>[A-Za-z0-9._][A-Za-z0-9._+-]{0,63})@)?"
     r"(?:\[(?P<six>[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,32})?)\]|(?P<host>[A-Za-z0-9_.][A-Za-z0-9._-]{0,252}))"
@@ -69,7 +57,6 @@ class Target:
     def key(self) -> str:
         """Under what it is remembered."""
         return f"{self.login} {self.port or ''}"
-
 
 
 class Remote(msgspec.Struct, forbid_unknown_fields=False):
@@ -151,7 +138,7 @@ def endpoint_of(remote: Remote, target: Target, *, seconds: float, state: str | 
     for address in _answering(addresses, seconds):
         endpoint = Endpoint(target.host, [address], pin.node_id, context=context, credential=remote.token)
         try:
-            ask(endpoint, "node", state=state, seconds=seconds)
+            Caller(endpoint, state=state, timeout=seconds).close()
         except (ConnectionLostError, TrustError) as error:
             reason = error
             continue
@@ -185,79 +172,6 @@ def _answering(addresses: list[Address], seconds: float) -> list[Address]:
         for sock, _ in open_.values():
             sock.close()
     return found
-
-
-def ask(
-    endpoint: Endpoint, method: str, params: object = None, *, state: str | None = None, seconds: float = ANSWER_SECONDS
-) -> Any:
-    """Makes one CALL on a connection of its own and returns its value.
-
-    Raises RefusedError with the node's ERROR, ConnectionLostError if nobody answers within `seconds`, TrustError if
-    it is another node.
-    """
-    key = DeviceKey.load(client_state(state))
-    body = messages.pack(
-        messages.ConnectBody(
-            context=messages.CONTEXT_CONNECT, node=endpoint.node_id, request=os.urandom(16), key=key.public,
-            attachment=os.urandom(16), credential=endpoint.credential, want="call", label=device_label(),
-        )
-    )  # fmt: skip
-    link = Link()
-    signature = key.sign(messages.CONTEXT_CONNECT, endpoint.node_id, body)
-    link.send_message(Type.CONNECT, 1, messages.Signed(body, signature))
-    call = messages.Call(1, method, msgspec.Raw(messages.pack(params if params is not None else {})))
-    # In one write with CONNECT: the node deals with frames in order, and a refused CONNECT ends the connection.
-    link.send_message(Type.CALL, 0, call)
-    deadline = time.monotonic() + seconds
-    with _dial(endpoint, seconds) as sock:
-        try:
-            sock.sendall(b"".join(link.data_to_send()))
-            return _answer(sock, link, endpoint.name, deadline)
-        except ProtocolError as error:
-            raise ConnectionLostError(f"The node at {endpoint.name} sent what makes no sense: {error}.") from None
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConnectionLostError(f"The node at {endpoint.name} does not answer: {reason}.") from None
-
-
-def _dial(endpoint: Endpoint, seconds: float) -> socket.socket:
-    reason = "it has no address"
-    for family, address in endpoint.addresses:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(seconds)
-        try:
-            sock.connect(address)
-            return sock if endpoint.context is None else endpoint.context.wrap_socket(sock)
-        except ssl.SSLCertVerificationError:
-            sock.close()
-            raise TrustError(f"The node at {endpoint.name} is not the one known there; do not go on.") from None
-        except OSError as error:
-            sock.close()
-            reason = error.strerror or str(error)
-    raise ConnectionLostError(f"The node at {endpoint.name} cannot be reached: {reason}.")
-
-
-def _answer(sock: socket.socket, link: Link, name: str, deadline: float) -> Any:
-    total = 0
-    while (left := deadline - time.monotonic()) > 0 and total <= _ANSWER_MAX_BYTES:
-        sock.settimeout(left)
-        data = sock.recv(_READ_BYTES)
-        if not data:
-            break
-        total += len(data)
-        for kind, _handle, _seq, payload in link.receive(data):
-            error: messages.Error | None = None
-            if kind == Type.RESULT:
-                result = messages.unpack(messages.Result, payload)
-                if result.error is None:
-                    return msgspec.msgpack.decode(result.value)
-                error = result.error
-            elif kind == Type.ERROR:
-                error = messages.unpack(messages.Error, payload)
-            if error is not None:
-                code = Code(error.code) if error.code in Code._value2member_map_ else Code.INTERNAL
-                raise RefusedError(code, error.message, retry_after=error.retry_after)
-    raise ConnectionLostError(f"The node at {name} ended the connection without an answer.")
 
 
 assert ADDRESSES_MAX * 256 < RECORD_MAX_BYTES

@@ -62,10 +62,11 @@ def make_machine(
     output: int | None = None,
     saved: Saved | None = None,
 ) -> ClientMachine:
-    """Returns a machine that connects to `endpoint` and attaches as wished; `size` in columns and rows (0: no terminal).
+    """Returns a machine that connects to `endpoint` and attaches as wished; `size` in columns and rows (0: no
+    terminal).
 
-    `state` is the base of the client's own state. `exact` asks for every byte, from position `output` or the oldest kept.
-    `saved` goes on with an earlier process's attachment, or repeats its CONNECT whose answer it may not have had.
+    `state` is the base of the client's own state. `exact` asks for every byte, from position `output` or the oldest
+    kept. `saved` goes on with an earlier process's attachment, or repeats its CONNECT whose answer it may not have had.
     Raises TrustError or StorageError when the device key cannot be used.
     """
     directory = client_state(state)
@@ -75,9 +76,9 @@ def make_machine(
     body = ConnectBody(
         context=CONTEXT_CONNECT, node=endpoint.node_id, request=saved.request if saved is not None else os.urandom(16),
         key=key.public, attachment=saved.attachment if saved is not None else os.urandom(16),
-        credential=endpoint.credential, agent=wish.agent, want=wish.want, name=wish.name, uid=wish.uid, label=device_label(),
-        mode="watch" if endpoint.watch else mode, exact=exact, displace=displace, output=output, cols=size[0], rows=size[1],
-        term=term, argv=wish.argv, cwd=wish.cwd, env=forwarded_environment(),
+        credential=endpoint.credential, agent=wish.agent, want=wish.want, name=wish.name, uid=wish.uid,
+        label=device_label(), mode="watch" if endpoint.watch else mode, exact=exact, displace=displace, output=output,
+        cols=size[0], rows=size[1], term=term, argv=wish.argv, cwd=wish.cwd, env=forwarded_environment(),
     )  # fmt: skip
 
     def sign(context: str, signed: bytes) -> bytes:

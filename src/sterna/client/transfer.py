@@ -84,9 +84,7 @@ class Transfer:
         raw = read_private(self._path, _RECORD_MAX_BYTES)
         if raw is None:
             if self.size:
-                raise UsageError(
-                    f"{self._target_path} is not empty and no transfer into it was begun: remove it."
-                )
+                raise UsageError(f"{self._target_path} is not empty and no transfer into it was begun: remove it.")
             return False
         try:
             old = msgspec.msgpack.decode(raw, type=Record)
@@ -159,7 +157,5 @@ def _open_target(path: str) -> int:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UsageError(
-            f"{path} is no regular file, whose size says what was written: use `--out` without `--in`."
-        )
+        raise UsageError(f"{path} is no regular file, whose size says what was written: use `--out` without `--in`.")
     return fd

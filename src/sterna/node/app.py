@@ -65,8 +65,8 @@ class Node:
         self.reactor = Reactor(asyncio.get_running_loop())
         self.ticker = Ticker(self.reactor)
         self.table = SessionTable(
-            self.store, self.journal, boot=boot_id(), overwrite=config.on_full == "overwrite", retention=config.retention_seconds,
-            ring_bytes=config.ring_bytes, spill_bytes=config.spill_bytes,
+            self.store, self.journal, boot=boot_id(), overwrite=config.on_full == "overwrite",
+            retention=config.retention_seconds, ring_bytes=config.ring_bytes, spill_bytes=config.spill_bytes,
         )  # fmt: skip
         self.table.on_lost = self._soon
         self.registry = PodRegistry(self.sockets, self.table, self.reactor, self.ticker, config.tenants())
@@ -79,6 +79,7 @@ class Node:
         self._timer: asyncio.TimerHandle | None = None
         self.draining = False
         self.stop_requested = asyncio.Event()
+        self._all_gone = asyncio.Event()
         self.started = SYSTEM_CLOCK.wall()
         self.accepted = 0
         self._local_path = os.path.join(self.directory, LOCAL_SOCKET)
@@ -116,6 +117,11 @@ class Node:
     def silent(self) -> int:
         """How many accepted connections have not sent anything yet."""
         return self._tls.silent if self._tls is not None else 0
+
+    @property
+    def evicted(self) -> int:
+        """How many of those were closed to make room, or because they stayed silent."""
+        return self._tls.evicted if self._tls is not None else 0
 
     def _end_of_boot(self) -> None:
         """After a restart of the machine no program lives on: its sessions are named as ended, never replaced."""
@@ -164,6 +170,8 @@ class Node:
         """Forgets a connection that ended."""
         self.connections.discard(connection)
         self._unproved.pop(connection, None)
+        if self.draining and not self.connections:
+            self._all_gone.set()
 
     # ---- housekeeping ------------------------------------------------------------------------------------------
 
@@ -220,9 +228,9 @@ class Node:
                 connection.link.fail(Code.DRAINING, "This node stops; resume when it is back.", retry_after=1.0)
 
         self.reactor.run(tell)
-        deadline = self.reactor.loop.time() + seconds
-        while self.connections and self.reactor.loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_gone.wait(), seconds)
 
     async def close(self) -> None:
         """Stops at once; sessions and pods stay."""
@@ -247,11 +255,11 @@ def park(session: Session) -> None:
 
 
 def boot_id() -> str:
-    """Returns what tells this start of the machine from another one (proc(5), random/boot_id); "" where there is none."""
+    """Returns what tells this start of the machine from another one (proc(5), random/boot_id); "" where there is
+    none.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read(64).strip()
     except OSError:
         return ""
-
-

@@ -153,7 +153,9 @@ class Calls:
             or visitor.session not in (None, row.number)
             or not visitor.may_use(row.agent, mode)
         ):
-            raise RefusedError(Code.NOT_FOUND, f"There is no session {clean_label(which)!r}; `sterna ls` shows what there is.")
+            raise RefusedError(
+                Code.NOT_FOUND, f"There is no session {clean_label(which)!r}; `sterna ls` shows what there is."
+            )
         return row
 
     def _info(self, visitor: Visitor, which: _Which) -> dict[str, Any]:
@@ -269,10 +271,14 @@ class Calls:
             self._node.doorkeeper.revoke_token(request.token)
             return {"token": request.token}
         found = [
-            row.id for row in self._node.store.devices(visitor.tenant) if len(request.device) >= 8 and row.id.hex().startswith(request.device)
+            row.id
+            for row in self._node.store.devices(visitor.tenant)
+            if len(request.device) >= 8 and row.id.hex().startswith(request.device)
         ]
         if len(found) != 1:
-            raise RefusedError(Code.NOT_FOUND, "No device, or more than one, begins with that; `sterna devices` shows them.")
+            raise RefusedError(
+                Code.NOT_FOUND, "No device, or more than one, begins with that; `sterna devices` shows them."
+            )
         device = DeviceId(found[0])
         self._node.store.revoke_device(visitor.tenant, device)
         now = SYSTEM_CLOCK.monotonic()
@@ -290,7 +296,9 @@ class Calls:
         if visitor.tenant not in (tenant, "local"):
             raise RefusedError(Code.DENIED, "Only who owns this machine's node may issue tokens for other tenants.")
         expires = now_s + request.ttl if request.ttl else 0
-        return {"token": self._node.token_key.issue(tenant, request.agents, request.modes, now_s=now_s, expires=expires)}
+        return {
+            "token": self._node.token_key.issue(tenant, request.agents, request.modes, now_s=now_s, expires=expires)
+        }
 
     def _drain(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
         self._owner(visitor)
@@ -302,5 +310,3 @@ class Calls:
     def _owner(self, visitor: Visitor) -> None:
         if not visitor.owner:
             raise RefusedError(Code.DENIED, "A share link does not allow that.")
-
-

@@ -39,7 +39,8 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "attachments", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump", "since", "visitor",
+        "attachments", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump", "since",
+        "visitor",
     )  # fmt: skip
 
     def __init__(self, node: Node, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
@@ -157,7 +158,9 @@ class ClientConnection:
             return
         door, address = self.node.doorkeeper, self.pump.peer
         if door.blocked(address, now):
-            self._refuse(handle, RefusedError(Code.RATE_LIMITED, "Too many failures from your address.", retry_after=60.0), now)
+            self._refuse(
+                handle, RefusedError(Code.RATE_LIMITED, "Too many failures from your address.", retry_after=60.0), now
+            )
             return
         try:
             if kind == Type.CONNECT:
@@ -238,7 +241,9 @@ class ClientConnection:
             store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
         return row, created
 
-    def _connected(self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str) -> None:
+    def _connected(
+        self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str
+    ) -> None:
         """Ends a CONNECT once the session is open at its pod, or once it is clear that it will not be."""
         now = SYSTEM_CLOCK.monotonic()
         table = self.node.table
@@ -252,7 +257,9 @@ class ClientConnection:
         if self.pump.closed:
             return
         if len(session.attachments) >= limits.ATTACHMENTS_MAX:
-            self.link.refuse(attachment.handle, Code.LIMIT, f"A session has at most {limits.ATTACHMENTS_MAX} attachments.")
+            self.link.refuse(
+                attachment.handle, Code.LIMIT, f"A session has at most {limits.ATTACHMENTS_MAX} attachments."
+            )
             return
         self.attachments[attachment.handle] = attachment
         if body.displace:
@@ -288,15 +295,18 @@ class ClientConnection:
             raise RefusedError(Code.NOT_FOUND, "There is no such session, and a watcher cannot begin one.")
         pod = self.node.registry.pod(visitor.tenant, body.agent)
         if pod is None or not body.agent:
-            raise RefusedError(Code.NO_AGENT, f"There is no agent {body.agent!r} here; `sterna ls` shows what there is.")
+            raise RefusedError(
+                Code.NO_AGENT, f"There is no agent {body.agent!r} here; `sterna ls` shows what there is."
+            )
         _check_start(body)
         cols, rows = _cells(body.cols, body.rows)
         connection = pod.connection
         return self.node.store.create_session(
-            uid=SessionUid(os.urandom(16)), log_id=self.node.store.next_log_id(), tenant=visitor.tenant, agent=body.agent,
-            name=check_name(body.name) if body.name else None, label="", kind=pod.kind, owner=visitor.device,
-            instance=connection.hello.instance if connection is not None and connection.hello is not None else b"",
-            cols=cols, rows=rows, cwd=body.cwd, argv=body.argv, boot=self.node.table.boot, now=SYSTEM_CLOCK.wall(),
+            uid=SessionUid(os.urandom(16)), log_id=self.node.store.next_log_id(), tenant=visitor.tenant,
+            agent=body.agent, name=check_name(body.name) if body.name else None, label="", kind=pod.kind,
+            owner=visitor.device, instance=connection.hello.instance if connection is not None and connection.hello is
+            not None else b"", cols=cols, rows=rows, cwd=body.cwd, argv=body.argv, boot=self.node.table.boot,
+            now=SYSTEM_CLOCK.wall(),
         )  # fmt: skip
 
     def _fresh_open(self, session: Session, body: ConnectBody) -> messages.Open:
@@ -309,13 +319,15 @@ class ClientConnection:
             return False
         return visitor.may_use(row.agent, mode)
 
-    def _attachment(self, handle: int, attachment_id: AttachmentId, device: DeviceId, mode: str, label: str) -> Attachment:
+    def _attachment(
+        self, handle: int, attachment_id: AttachmentId, device: DeviceId, mode: str, label: str
+    ) -> Attachment:
         return Attachment(attachment_id, self.link, handle, device, "drive" if mode == "drive" else "watch", label)
 
     def _bare_accept(self, body: ConnectBody) -> messages.Accept:
         return messages.Accept(
-            uid=b"", log=0, kind="stream", epoch=0, node=self.node.identity.node_id, name="", agent="", output=0, input=0,
-            window=0, keepalive=limits.KEEPALIVE_SECONDS, mode=body.mode,
+            uid=b"", log=0, kind="stream", epoch=0, node=self.node.identity.node_id, name="", agent="", output=0,
+            input=0, window=0, keepalive=limits.KEEPALIVE_SECONDS, mode=body.mode,
         )  # fmt: skip
 
     # ---- RESUME ------------------------------------------------------------------------------------------------
@@ -337,7 +349,8 @@ class ClientConnection:
         attachment.answers = not exact and bool(body.cols)
         self.pending += 1
 
-        def ready(reason: str) -> None:
+        def ready(_reason: str) -> None:
+            # Without its agent the session still shows what it has, and says that it ended.
             self.pending -= 1
             if self.pump.closed:
                 return

@@ -32,7 +32,9 @@ class Visitor:
 
     __slots__ = ("agents", "device", "label", "modes", "owner", "public", "session", "tenant")
 
-    def __init__(self, tenant: str, device: DeviceId, public: bytes, agents: tuple[str, ...], modes: frozenset[str]) -> None:
+    def __init__(
+        self, tenant: str, device: DeviceId, public: bytes, agents: tuple[str, ...], modes: frozenset[str]
+    ) -> None:
         self.tenant = tenant
         self.device = device
         self.public = public

@@ -126,7 +126,7 @@ class PodConnection:
         link.check()
 
     def _frame(self, frame: Frame, now: int) -> None:
-        kind, handle, seq, payload = frame
+        kind, handle, _, payload = frame
         target = self._handles.get(handle)
         if type(target) is tuple:
             if kind == _ACK and len(payload) == 8:
@@ -235,7 +235,9 @@ class Pod:
         return self.connection is not None and self.connection.hello is not None
 
     def connect(self) -> None:
-        """Connects, or tries again a little later; a socket that nobody serves for a while means that the agent is gone."""
+        """Connects, or tries again a little later; a socket that nobody serves for a while means that the agent is
+        gone.
+        """
         self._timer = None
         if self.gone or self.connection is not None:
             return

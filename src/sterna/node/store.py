@@ -465,6 +465,13 @@ class Store:
         row = self._db.one(SELECT_ATTACHMENT + "WHERE a.id = ?", (attachment_id,))
         return attachment_row(row) if row is not None else None
 
+    def last_driver_exact(self, number: int) -> bool:
+        """Tells whether the attachment that drove a session last was an exact one."""
+        row = self._db.one(
+            "SELECT exact FROM attachments WHERE session = ? AND mode = 'drive' ORDER BY used DESC LIMIT 1", (number,)
+        )
+        return row is not None and bool(row[0])
+
     def spend_counter(self, attachment_id: AttachmentId, counter: int, race: bytes, now: int = 0) -> bool:
         """Stores counter and race id of a RESUME that was proved; False, and no change, if the counter is not higher.
 

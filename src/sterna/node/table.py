@@ -28,6 +28,7 @@ log = logging.getLogger("sterna.node.sessions")
 _READ_BYTES = 65_536
 _LIVING = (State.CONNECTING, State.ACTIVE, State.SUSPENDED)
 _LOST_BATCH = 500
+_HELD_BYTES = 16 * limits.WINDOW_BYTES
 
 
 class Parker(Protocol):
@@ -40,7 +41,8 @@ class Parker(Protocol):
 class SessionTable:
     """Finds, loads, stores and ends sessions.
 
-    `overwrite` False holds agents whose output nobody reads once the ring is full of it. `retention` is in seconds, 0 = for ever.
+    `overwrite` False holds agents whose output nobody reads once the ring is full of it. `retention` is in seconds, 0
+    = for ever.
     """
 
     def __init__(
@@ -102,13 +104,15 @@ class SessionTable:
         return self.load(number) if number is not None else None
 
     def _add(self, row: SessionRow) -> Session:
-        output = self._open_log(row)
+        holding = row.state in _LIVING and self.store.last_driver_exact(row.number)
+        output = self._open_log(row, holding)
         session = Session(
-            SessionUid(row.uid), output, log_id=row.log_id, kind=row.kind, tenant=row.tenant, agent=row.agent, name=row.name,
-            number=row.number,
+            SessionUid(row.uid), output, log_id=row.log_id, kind=row.kind, tenant=row.tenant, agent=row.agent,
+            name=row.name, number=row.number,
         )  # fmt: skip
         session.epoch = row.epoch
         session.overwrite = self._overwrite
+        session.holding = holding
         session.spare = self._spare
         session.state = State.SUSPENDED if row.state == State.ACTIVE else State(row.state)
         if session.state is State.EXITED:
@@ -122,10 +126,14 @@ class SessionTable:
         self._used[row.number] = SYSTEM_CLOCK.monotonic()
         return session
 
-    def _open_log(self, row: SessionRow) -> OutputLog:
-        """Returns a session's log; what the disk lost is named in the log of the program, and in `lost` to who needs it."""
+    def _open_log(self, row: SessionRow, holding: bool) -> OutputLog:
+        """Returns a session's log; what the disk lost is named in the log of the program, and in `lost` to who needs
+        it.
+        """
         if row.number in self.journal:
-            output = self.journal.open(row.number, ring_bytes=self._ring, spill_bytes=self._spill)
+            # How far an exact reader was is not known any more, and the agent sends one window with each new connection.
+            ring = self._ring + _HELD_BYTES if holding else self._ring
+            output = self.journal.open(row.number, ring_bytes=ring, spill_bytes=self._spill)
             if output.damaged:
                 log.error("journal damaged", extra={"session": row.name, "lost": output.damaged})
             return output
@@ -261,7 +269,9 @@ class SessionTable:
     # ---- housekeeping ------------------------------------------------------------------------------------------
 
     def evict(self, idle: int, now: int, parker: Callable[[Session], None]) -> int:
-        """Takes sessions out of memory that nobody is attached to and that were quiet for `idle` nanoseconds; returns how many."""
+        """Takes sessions out of memory that nobody is attached to and that were quiet for `idle` nanoseconds; returns
+        how many.
+        """
         cold: list[Session] = []
         for number, session in self._hot.items():
             if session.attachments or session.state is State.CONNECTING or isinstance(session.log, MemoryLog):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from sterna import limits
 from sterna.errors import UsageError
 from sterna.pod.program import DRAIN_MAX_SECONDS, DRAIN_QUIET_SECONDS, ExitStatus, Kind, Program, program_environment
-from sterna.pod.screen import LazyScreen
+from sterna.pod.screen import PENDING_MAX_BYTES, LazyScreen
 from sterna.pod.server import PodServer
 from sterna.protocol import messages
 from sterna.protocol.compress import compress
@@ -22,6 +22,7 @@ _SHORT_BYTES = 2_048
 _IDLE_SECONDS = 0.25
 _ESCALATE_SECONDS = 3.0
 _ENDED_POLL_SECONDS = 0.02
+_BACKLOG_MAX_BYTES = 1024 * 1024
 _EOF = int(Type.EOF)
 _SIGNAL = int(Type.SIGNAL)
 
@@ -30,8 +31,8 @@ class ProgramRunner:
     """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
 
     __slots__ = (
-        "_deadline", "_idle", "_line_start", "_loop", "_program", "_quiet", "_reading", "_screen", "_server", "_session",
-        "_status", "_waiting", "_writing",
+        "_behind", "_deadline", "_idle", "_line_start", "_loop", "_program", "_quiet", "_reading", "_screen",
+        "_server", "_session", "_status", "_waiting", "_writing",
     )  # fmt: skip
 
     def __init__(self, server: PodServer, session: PodSession, program: Program, screen: LazyScreen | None) -> None:
@@ -42,6 +43,7 @@ class ProgramRunner:
         self._loop = server.reactor.loop
         self._waiting: deque[Input] = deque()
         self._writing = False
+        self._behind = False
         self._reading = False
         self._line_start = True
         self._status: ExitStatus | None = None
@@ -77,7 +79,8 @@ class ProgramRunner:
         fd, view, size, ended = self._program.read_fd, self._server.reactor.view, 0, False
         try:
             while size < room:
-                # A PTY gives 4 KiB at most; read into one buffer, as a new 64 KiB object for each read costs more than it.
+                # A PTY gives 4 KiB at most; read into one buffer, as a new 64 KiB object for each read costs more than
+                # it.
                 count = os.readv(fd, [view[size:room]])
                 if not count:
                     ended = True
@@ -103,6 +106,8 @@ class ProgramRunner:
         if screen is None:
             return
         screen.feed(data)
+        if screen.backlog >= PENDING_MAX_BYTES:
+            self._catch_up(screen)
         if not self._session.audience:
             # With nobody attached nobody answers the program's questions, so our own terminal does.
             reply = screen.replies()
@@ -111,12 +116,28 @@ class ProgramRunner:
         if self._idle is None:
             self._idle = self._loop.call_later(_IDLE_SECONDS, self._rest, self._session.out.end)
 
+    def _catch_up(self, screen: LazyScreen) -> None:
+        """Has the screen fed beside us; a program that outruns even that waits, so that memory stays bounded."""
+        if not self._behind:
+            self._behind = True
+            self._server.beside(screen.catch_up, self._caught_up)
+        elif screen.backlog >= _BACKLOG_MAX_BYTES:
+            self._read_off()
+
+    def _caught_up(self) -> None:
+        self._behind = False
+        screen = self._screen
+        if screen is not None and screen.backlog >= PENDING_MAX_BYTES:
+            self._catch_up(screen)
+        if not self._session.starved and (screen is None or screen.backlog < _BACKLOG_MAX_BYTES):
+            self._read_on()
+
     def _rest(self, end: int) -> None:
-        """Feeds the screen once the program has been quiet for a moment."""
+        """Packs the screen away once the program has been quiet for a moment."""
         if self._session.out.end == end:
             self._idle = None
-            if self._screen is not None:
-                self._screen.idle()
+            if self._screen is not None and not self._screen.resting:
+                self._server.beside(self._screen.idle, _nothing)
         else:
             self._idle = self._loop.call_later(_IDLE_SECONDS, self._rest, self._session.out.end)
 
@@ -227,7 +248,7 @@ class ProgramRunner:
         self._loop.remove_reader(self._program.pidfd)
         self._status = status
         self._deadline = self._loop.time() + DRAIN_MAX_SECONDS
-        if self._program.read_fd < 0 or not self._reading and not self._session.starved:
+        if self._program.read_fd < 0 or (not self._reading and not self._session.starved):
             self._drained()
         else:
             self._wait_quiet()
@@ -285,6 +306,10 @@ class ProgramRunner:
             self._program.close()
 
 
+def _nothing() -> None:
+    """What follows work that nobody waits for."""
+
+
 def _terminate(loop: asyncio.AbstractEventLoop, program: Program) -> None:
     """Sends HUP, TERM, KILL, three seconds apart, until the program has ended, then closes its descriptors."""
     timer: asyncio.TimerHandle | None = None
@@ -325,7 +350,9 @@ class ProgramStarter:
         extra["STERNA_SESSION"] = request.name
         if self._agent:
             extra["STERNA_AGENT"] = self._agent
-        env = program_environment(self._env, term=request.term[: limits.TERM_MAX_CHARS] or "xterm-256color", extra=extra)
+        env = program_environment(
+            self._env, term=request.term[: limits.TERM_MAX_CHARS] or "xterm-256color", extra=extra
+        )
         cwd = request.cwd or self._cwd
         program = Program.start(
             request.argv or self._command, kind=self._kind, cwd=cwd, env=env, cols=session.cols, rows=session.rows
@@ -337,7 +364,7 @@ class ProgramStarter:
 
     async def wait_ended(self) -> None:
         """Waits until every program has ended, after the server was closed."""
-        while any(program.pidfd >= 0 for program in self._programs):
+        while any(program.pidfd >= 0 for program in self._programs):  # noqa: ASYNC110  # once, at the very end
             await asyncio.sleep(_ENDED_POLL_SECONDS)
 
 

@@ -7,6 +7,7 @@ only collects bytes while its program prints, feeds an engine when the program r
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from sterna import limits
@@ -15,7 +16,6 @@ from sterna.protocol.compress import compress, decompress
 if TYPE_CHECKING:
     from sterna.pod.snapshot import Row
 
-# Fed in one go this is a pause of at most 3 ms, also for lines of one character (40 MB/s).
 PENDING_MAX_BYTES: Final = 128 * 1024
 KEEP_BYTES: Final = 16 * 1024
 _PACKED_MAX_BYTES: Final = 256 * 1024 * 1024
@@ -89,15 +89,18 @@ def open_terminal(
 
 
 class LazyScreen:
-    """A session's screen: bytes wait here, at most PENDING_MAX_BYTES, until the engine is wanted or the program rests.
+    """A session's screen: bytes wait here until the engine is wanted or the program rests.
 
-    `cols` and `rows` are in cells, `scrollback_lines` is how many lines are kept above the screen.
+    `cols` and `rows` are in cells, `scrollback_lines` is how many lines are kept above the screen. The owner looks at
+    `backlog` after `feed` and has another thread `catch_up` when it is PENDING_MAX_BYTES: the engine works outside the
+    interpreter's lock, so that neither keys nor signals wait for it. All methods may be called from any thread.
     """
 
     __slots__ = (
         "_answers",
         "_checked",
         "_engine",
+        "_lock",
         "_packed",
         "_pending",
         "_unfinished",
@@ -116,38 +119,50 @@ class LazyScreen:
         self._answers = b""
         self._checked = 0
         self._unfinished = False
+        self._lock = threading.RLock()
 
     def feed(self, data: bytes) -> None:
         """Takes what the program has written."""
         self._pending += data
-        if len(self._pending) > PENDING_MAX_BYTES:
+
+    @property
+    def backlog(self) -> int:
+        """How many bytes the engine has not got yet."""
+        return len(self._pending)
+
+    @property
+    def resting(self) -> bool:
+        """Whether `idle` would find nothing to do."""
+        return self._engine is None and len(self._pending) <= KEEP_BYTES
+
+    def catch_up(self) -> None:
+        """Feeds the engine with what is waiting."""
+        with self._lock:
             self._settle()
 
     def idle(self) -> None:
         """Works off what is waiting, if it is much, and packs the engine away: call it when the program rests."""
-        if len(self._pending) > KEEP_BYTES:
-            self._settle()
-        engine = self._engine
-        if engine is None:
-            return
-        if self._pending:
-            self._settle()
-        packed = engine.pack()
-        if packed is not None:
-            self._packed = compress(packed)
-            self._unfinished = not engine.at_ground()
-            self._engine = None
-            engine.close()
+        with self._lock:
+            if self.resting:
+                return
+            engine = self._settle()
+            packed = engine.pack()
+            if packed is not None:
+                self._packed = compress(packed)
+                self._unfinished = not engine.at_ground()
+                self._engine = None
+                engine.close()
 
     def resize(self, cols: int, rows: int) -> None:
         """Changes the size in cells, after all that was written before."""
         cols = min(max(cols, 1), limits.SIZE_MAX_CELLS)
         rows = min(max(rows, 1), limits.SIZE_MAX_CELLS)
-        if (cols, rows) == (self.cols, self.rows):
-            return
-        if self._pending or self._packed is not None or self._engine is not None:
-            self._settle().resize(cols, rows)
-        self.cols, self.rows = cols, rows
+        with self._lock:
+            if (cols, rows) == (self.cols, self.rows):
+                return
+            if self._pending or self._packed is not None or self._engine is not None:
+                self._settle().resize(cols, rows)
+            self.cols, self.rows = cols, rows
 
     def replies(self) -> bytes:
         """Returns the terminal's answers to queries since the last call, and forgets them.
@@ -155,12 +170,17 @@ class LazyScreen:
         Call it after each `feed` while nobody is attached and write the answer to the program; call it once when
         the last one leaves, and throw the result away, as their terminal has answered.
         """
-        pending = self._pending
-        if self._unfinished or pending.find(b"\x1b", self._checked) >= 0 or pending.find(b"\x05", self._checked) >= 0:
-            self._settle()
-        self._checked = len(self._pending)
-        answers, self._answers = self._answers, b""
-        return answers
+        with self._lock:
+            pending = self._pending
+            if (
+                self._unfinished
+                or pending.find(b"\x1b", self._checked) >= 0
+                or pending.find(b"\x05", self._checked) >= 0
+            ):
+                self._settle()
+            self._checked = len(self._pending)
+            answers, self._answers = self._answers, b""
+            return answers
 
     def answer_queries(self, data: bytes) -> bytes:
         """Takes what the program has written and returns the answers to the queries in it, to no others."""
@@ -170,7 +190,8 @@ class LazyScreen:
 
     def at_ground(self) -> bool:
         """Says whether the output so far ends between sequences and characters."""
-        return self._settle().at_ground()
+        with self._lock:
+            return self._settle().at_ground()
 
     def snapshot(self, scrollback: bool = True) -> bytes:
         """Returns what repaints the screen as it is after all output so far, on any terminal of the same size.
@@ -178,23 +199,27 @@ class LazyScreen:
         With `scrollback` the lines above the screen too. If the whole would be larger than a snapshot may be, it is
         without them. Output that follows may be written after it, even if a sequence or character is unfinished.
         """
-        engine = self._settle()
-        data = engine.snapshot(scrollback=scrollback)
-        if scrollback and len(data) > limits.SNAPSHOT_MAX_BYTES:
-            return engine.snapshot(scrollback=False)
-        return data
+        with self._lock:
+            engine = self._settle()
+            data = engine.snapshot(scrollback=scrollback)
+            if scrollback and len(data) > limits.SNAPSHOT_MAX_BYTES:
+                return engine.snapshot(scrollback=False)
+            return data
 
     def text(self, *, scrollback: bool = False) -> str:
         """Returns the screen's lines, with those above it if asked, without trailing blanks."""
-        return self._settle().text(scrollback=scrollback)
+        with self._lock:
+            return self._settle().text(scrollback=scrollback)
 
     def title(self) -> str:
         """Returns the window title as the program has set it: clean it before it is shown."""
-        return self._settle().title()
+        with self._lock:
+            return self._settle().title()
 
     def bells(self) -> int:
         """Returns how often the program rang since the engine was last unpacked."""
-        return self._settle().bells
+        with self._lock:
+            return self._settle().bells
 
     def _settle(self) -> Terminal:
         """Returns the engine, fed with everything."""
@@ -204,10 +229,11 @@ class LazyScreen:
             engine = self._engine = open_terminal(self.cols, self.rows, self.scrollback_lines, packed=packed)
             self._packed = None
         if self._pending:
-            answers = engine.feed(bytes(self._pending))
+            # Taken in one step: `feed` goes on beside us.
+            pending, self._pending = self._pending, bytearray()
+            self._checked = 0
+            answers = engine.feed(bytes(pending))
             # What a program asks in vain must not pile up: the newest answers are worth most.
             self._answers = (self._answers + answers)[-limits.CONTROL_MAX_BYTES :]
-            self._pending = bytearray()
-            self._checked = 0
             self._unfinished = not engine.at_ground()
         return engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 import weakref
 from typing import TYPE_CHECKING, Final
 
@@ -43,8 +44,8 @@ _PROTECTED = 1 << 44
 _HYPERLINK = 1 << 45
 
 
-class _Replies:
-    """What the callbacks of the terminal that is being fed have reported; feeding is never nested."""
+class _Replies(threading.local):
+    """What the callbacks of the terminal that this thread is feeding have reported; feeding is never nested."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -197,7 +198,9 @@ class GhosttyTerminal:
 
     def cells(self, *, scrollback: bool = False) -> list[Row]:
         """Returns the rows of the screen, with those above it if asked."""
-        return list(self._rows(self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t) if scrollback else 0))
+        # The library keeps lines in pages and may hold one more than it was told.
+        above = min(self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t), self.scrollback_lines)
+        return list(self._rows(above if scrollback else 0))
 
     def snapshot(self, *, scrollback: bool = True) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`.

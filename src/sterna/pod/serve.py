@@ -49,9 +49,9 @@ class AgentSession:
         return self._session.audience > 0
 
     async def read(self) -> bytes:
-        """Waits for input and returns it; b"" at its end. The input before counts as handled now.
+        r"""Waits for input and returns it; b"" at its end. The input before counts as handled now.
 
-        A signal that came in between stands in `signals` (INT, TERM, …) and also ends the wait, as b"\\x03" for INT.
+        A signal that came in between stands in `signals` (INT, TERM, …) and also ends the wait, as b"\x03" for INT.
         """
         self._done()
         while True:

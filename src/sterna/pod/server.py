@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from sterna import limits
@@ -70,6 +72,7 @@ class PodServer:
         self.ticker = Ticker(self.reactor)
         self._pumps: set[Pump] = set()
         self._listener = Listener(self.reactor, unix_socket(path), self._accepted)
+        self._workers: ThreadPoolExecutor | None = None
         self._inode = os.stat(path).st_ino
         self.now = SYSTEM_CLOCK.monotonic
 
@@ -142,6 +145,17 @@ class PodServer:
         session.flush(now)
         self.machine.acknowledge_due(session, now, True)
 
+    def beside(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        """Has another thread do some work, then calls `done` on the loop."""
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(1, "screen")
+
+        def finished(_future: Future[None]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.reactor.loop.call_soon_threadsafe(self.reactor.run, done)
+
+        self._workers.submit(work).add_done_callback(finished)
+
     def drained(self, pump: Pump) -> None:
         """Sends what waited for this connection."""
         now = self.now()
@@ -158,6 +172,8 @@ class PodServer:
         """Stops serving: ends every session's runner and removes the socket, if it is still ours."""
         self._listener.close()
         self.ticker.close()
+        if self._workers is not None:
+            self._workers.shutdown(wait=False, cancel_futures=True)
         for session in list(self.machine.sessions.values()):
             runner: Runner | None = session.payload  # type: ignore[assignment]  # only this class sets it
             session.payload = None

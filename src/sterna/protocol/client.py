@@ -1,7 +1,7 @@
 """The client's side of one attachment: connect, resume, race, and notice trouble (docs/protocol.md, section 4).
 
-Sans-IO: a driver dials when `next_action` says so, passes bytes and time in, and deals with events. Several connections may
-be open at once; at most one is active.
+Sans-IO: a driver dials when `next_action` says so, passes bytes and time in, and deals with events. Several
+connections may be open at once; at most one is active.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sterna.protocol import messages
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
-from sterna.protocol.messages import Accept, Close, ConnectBody, Lost, Resumed, ResumeBody, Signed
+from sterna.protocol.messages import Accept, Close, ConnectBody, Lost, ResumeBody, Resumed, Signed
 from sterna.protocol.race import Race, Vitals
 from sterna.protocol.stream import Intake, SendStream
 from sterna.units import SECOND
@@ -25,9 +25,9 @@ _ANSWER = 2 * SECOND
 _GIVE_UP = limits.HANDSHAKE_SECONDS * SECOND
 _FATAL = frozenset(
     (
-        Code.DENIED, Code.EXPIRED, Code.REVOKED, Code.NOT_FOUND, Code.NO_AGENT, Code.ENDED, Code.VERSION, Code.TOO_LARGE,
-        Code.BAD_PAYLOAD, Code.BAD_REQUEST, Code.UNSUPPORTED, Code.EXISTS, Code.READ_ONLY, Code.DISPLACED, Code.LIMIT,
-        Code.MOVED,
+        Code.DENIED, Code.EXPIRED, Code.REVOKED, Code.NOT_FOUND, Code.NO_AGENT, Code.ENDED, Code.VERSION,
+        Code.TOO_LARGE, Code.BAD_PAYLOAD, Code.BAD_REQUEST, Code.UNSUPPORTED, Code.EXISTS, Code.READ_ONLY,
+        Code.DISPLACED, Code.LIMIT, Code.MOVED,
     )
 )  # fmt: skip
 
@@ -69,7 +69,9 @@ class Rejoined:
 
 
 class Output:
-    """Output bytes; `end` is to be reported by `handled` once they are written. `replayed` bytes were sent before a cut."""
+    """Output bytes; `end` is to be reported by `handled` once they are written. `replayed` bytes were sent before a
+    cut.
+    """
 
     __slots__ = ("data", "end", "replayed")
 
@@ -173,7 +175,15 @@ class Saved:
     __slots__ = ("attachment", "epoch", "input", "log", "output", "request", "uid")
 
     def __init__(
-        self, uid: bytes, attachment: bytes, *, request: bytes, epoch: int = 1, log: int = 0, output: int = 0, input: int = 0  # noqa: A002  # the protocol's word
+        self,
+        uid: bytes,
+        attachment: bytes,
+        *,
+        request: bytes,
+        epoch: int = 1,
+        log: int = 0,
+        output: int = 0,
+        input: int = 0,  # noqa: A002  # the protocol's word
     ) -> None:
         self.request = request
         self.uid = uid
@@ -200,9 +210,9 @@ class _Connection:
 class ClientMachine:
     """One attachment to one session, through any number of connections.
 
-    `connect` is the CONNECT body to be sent (its `attachment` names us), `device` the device id, `sign(context, body)` its
-    signature, `counter()` the next RESUME counter, `raise_counter(value)` what follows ERROR `stale`, `random(n)` n random bytes.
-    `saved` resumes an attachment of an earlier process. All times are monotonic nanoseconds.
+    `connect` is the CONNECT body to be sent (its `attachment` names us), `device` the device id, `sign(context, body)`
+    its signature, `counter()` the next RESUME counter, `raise_counter(value)` what follows ERROR `stale`, `random(n)` n
+    random bytes. `saved` resumes an attachment of an earlier process. All times are monotonic nanoseconds.
     """
 
     def __init__(
@@ -432,7 +442,11 @@ class ClientMachine:
         return min(times) if times else None
 
     def _asked_due(self) -> int | None:
-        asked = [c.asked + _ANSWER for c in self._connections.values() if c.asked >= 0 and (c is not self._active or self._leaving)]
+        asked = [
+            c.asked + _ANSWER
+            for c in self._connections.values()
+            if c.asked >= 0 and (c is not self._active or self._leaving)
+        ]
         return min(asked) if asked else None
 
     def handle_timeout(self, now: int) -> None:
@@ -497,9 +511,10 @@ class ClientMachine:
         if not self._race_id:
             self._race_id = self._random(16)
         resume = ResumeBody(
-            context=messages.CONTEXT_RESUME, node=body.node, uid=self.uid, device=self._device, attachment=self.attachment,
-            race=self._race_id, counter=self._counter(), epoch=self.epoch, log=self.log, output=self.intake.next,
-            cols=self.cols if body.term and not body.exact else 0, rows=self.rows, features=body.features,
+            context=messages.CONTEXT_RESUME, node=body.node, uid=self.uid, device=self._device,
+            attachment=self.attachment, race=self._race_id, counter=self._counter(), epoch=self.epoch, log=self.log,
+            output=self.intake.next, cols=self.cols if body.term and not body.exact else 0, rows=self.rows,
+            features=body.features,
         )  # fmt: skip
         self._send_signed(connection, Type.RESUME, messages.CONTEXT_RESUME, messages.pack(resume))
 
@@ -688,6 +703,11 @@ class ClientMachine:
         elif code == Code.RESYNC and self.uid:
             self._race_id = b""
             self._ask(connection, now)
+        elif code == Code.DISPLACED and self._race.running:
+            # Our own RESUME on another connection did that; its answer comes there, perhaps later than this.
+            self._drop(connection)
+            if not self._asking():
+                self._ask_next(now)
         elif code == Code.SUPERSEDED:
             self._drop(connection)
             if not self._asking():
@@ -696,7 +716,9 @@ class ClientMachine:
         elif code in _FATAL:
             self._drop(connection)
             self._fail(
-                RefusedError(code, error.message, retry_after=error.retry_after, address=error.address, value=error.value)
+                RefusedError(
+                    code, error.message, retry_after=error.retry_after, address=error.address, value=error.value
+                )
             )
         else:
             self._drop(connection)

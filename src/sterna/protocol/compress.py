@@ -23,7 +23,8 @@ def compress(data: bytes) -> bytes:
 def decompress(data: bytes, limit: int = limits.DECOMPRESSED_MAX_BYTES) -> bytes:
     """Returns what one zstd frame holds.
 
-    Raises ProtocolError (`TOO_LARGE`) beyond `limit` bytes and (`BAD_PAYLOAD`) for anything that is not exactly one frame.
+    Raises ProtocolError (`TOO_LARGE`) beyond `limit` bytes and (`BAD_PAYLOAD`) for anything that is not exactly one
+    frame.
     """
     machine = zstd.ZstdDecompressor()
     try:

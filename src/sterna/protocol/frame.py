@@ -56,7 +56,7 @@ class Type(IntEnum):
 OPTIONAL_FROM = 0x80
 
 PAYLOAD_LIMITS_BYTES = {
-    **{kind: limits.CONTROL_MAX_BYTES for kind in Type},
+    **dict.fromkeys(Type, limits.CONTROL_MAX_BYTES),
     Type.DATA: limits.PAYLOAD_MAX_BYTES,
     Type.SNAPSHOT: limits.PAYLOAD_MAX_BYTES,
     Type.RESULT: limits.PAYLOAD_MAX_BYTES,
@@ -73,7 +73,8 @@ PAYLOAD_LIMITS_BYTES = {
 def header(kind: int, handle: int, seq: int, payload: bytes | memoryview) -> bytes:
     """Returns the 15 header bytes of a frame.
 
-    `handle` is the session's u32 on this connection, `seq` is cut to its low 32 bits, `payload` has at most 65,535 bytes.
+    `handle` is the session's u32 on this connection, `seq` is cut to its low 32 bits, `payload` has at most 65,535
+    bytes.
     """
     head = _pack_head(MAGIC, kind, handle, seq & LOW, len(payload))
     return head + crc16(payload, crc16(head)).to_bytes(2, "big")

@@ -20,8 +20,8 @@ class Link:
     """A connection as the core sees it: frames in, bytes out; no socket.
 
     `wake` is called when there is something to send on a link that had nothing; the driver then takes `data_to_send()`.
-    `closing` says that the driver shall close the connection once everything is sent; the driver sets `blocked` while its
-    socket takes no more, and nobody then queues bulk data.
+    `closing` says that the driver shall close the connection once everything is sent; the driver sets `blocked` while
+    its socket takes no more, and nobody then queues bulk data.
     """
 
     __slots__ = ("_decoder", "_out", "blocked", "closing", "out_bytes", "wake")

@@ -36,9 +36,10 @@ class Signed(Message, frozen=True, gc=False):
 class ConnectBody(Message, frozen=True, gc=False):
     """What CONNECT asks for; `want` "call" opens no session and only authorises CALLs on this connection.
 
-    `node` is the node id (32 bytes), `request` 16 random bytes that make a repeated CONNECT harmless, `key` the device's
-    public key with its algorithm byte, `attachment` 16 random bytes, `credential` an access token or a share ticket.
-    `exact` asks for every byte from `output` on (or the oldest kept); without it a snapshot may stand for history.
+    `node` is the node id (32 bytes), `request` 16 random bytes that make a repeated CONNECT harmless, `key` the
+    device's public key with its algorithm byte, `attachment` 16 random bytes, `credential` an access token or a share
+    ticket. `exact` asks for every byte from `output` on (or the oldest kept); without it a snapshot may stand for
+    history.
     """
 
     context: str

@@ -36,12 +36,13 @@ class PodLane:
 class PodSession:
     """One session at the pod: its output stream, its lanes, and the node connection that holds it now, if any.
 
-    `payload` belongs to whoever runs the program, who sets `starved` while it has output that finds no room. `exit` is set
-    once the program has ended and all its output is written; `final` (zstd) then repaints its last screen.
+    `payload` belongs to whoever runs the program, who sets `starved` while it has output that finds no room. `exit` is
+    set once the program has ended and all its output is written; `final` (zstd) then repaints its last screen.
     """
 
     __slots__ = (
-        "audience", "cols", "exit", "final", "handle", "lanes", "link", "out", "payload", "rows", "said_exit", "starved", "uid",
+        "audience", "cols", "exit", "final", "handle", "lanes", "link", "out", "payload", "rows", "said_exit",
+        "starved", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: bytes) -> None:
@@ -83,7 +84,8 @@ class PodSession:
         link = self.link
         if link is None:
             return
-        # The output that a snapshot includes goes first, whatever the connection takes (one window at most): a client that
+        # The output that a snapshot includes goes first, whatever the connection takes (one window at most): a client
+        # that
         # were ahead of the journal could not resume.
         for kind, start, payload in self.out.take():
             link.send(kind, self.handle, start, payload)
@@ -213,7 +215,7 @@ class PodMachine:
 
         Raises ProtocolError when the node breaks the protocol; the connection then has to end.
         """
-        kind, handle, seq, payload = frame
+        kind, handle, _, payload = frame
         target = self._handles[link].get(handle)
         if type(target) is tuple:
             return self._lane_frame(target[0], target[1], frame, link, now)
@@ -227,9 +229,7 @@ class PodMachine:
             return self._session_frame(target, kind, payload, now)
         return None
 
-    def _lane_frame(
-        self, session: PodSession, lane: PodLane, frame: Frame, link: Link, now: int
-    ) -> PodEvent | None:
+    def _lane_frame(self, session: PodSession, lane: PodLane, frame: Frame, link: Link, now: int) -> PodEvent | None:
         kind, handle, seq, payload = frame
         if session.link is not link:
             return None
@@ -249,17 +249,17 @@ class PodMachine:
             session.out.acknowledge(int.from_bytes(payload, "big"))
             session.flush(now)
             return self._roomy(session)
-        elif kind == Type.RESIZE:
+        if kind == Type.RESIZE:
             size = messages.unpack(messages.Resize, payload)
             session.cols = min(max(size.cols, 1), _SIZE_LIMIT)
             session.rows = min(max(size.rows, 1), _SIZE_LIMIT)
             return Resized(session)
-        elif kind == Type.CAPTURE:
+        if kind == Type.CAPTURE:
             return CaptureAsked(session, messages.unpack(messages.Capture, payload))
-        elif kind == Type.AUDIENCE:
+        if kind == Type.AUDIENCE:
             session.audience = messages.unpack(messages.Audience, payload).terminals
             return AudienceChanged(session)
-        elif kind == Type.CLOSE:
+        if kind == Type.CLOSE:
             self._forget(session)
             return Closed(session)
         return None
@@ -288,7 +288,9 @@ class PodMachine:
                 self._answer(link, handle, messages.error(Code.NOT_FOUND, "This agent has no such session."))
                 return None
             if len(self.sessions) >= self._max:
-                self._answer(link, handle, messages.error(Code.LIMIT, f"This agent serves at most {self._max} sessions."))
+                self._answer(
+                    link, handle, messages.error(Code.LIMIT, f"This agent serves at most {self._max} sessions.")
+                )
                 return None
             session = self.sessions[request.uid] = PodSession(request.uid)
             # Who begins a session without a terminal (pipe) says 0: the program gets the usual size.
@@ -360,7 +362,9 @@ class PodMachine:
             link.send(_ACK, handle, done, done.to_bytes(8, "big"))
 
     def _evict(self, session: PodSession, link: Link) -> None:
-        """Gives up the lane used least recently, one that the node has not opened on this connection if there is any."""
+        """Gives up the lane used least recently, one that the node has not opened on this connection if there is
+        any.
+        """
         oldest = min(session.lanes.values(), key=lambda known: (known.link is link, known.used))
         del session.lanes[oldest.id]
         if oldest.link is link:

@@ -124,5 +124,5 @@ class Race:
             self._next = now + int.from_bytes(self._random(4), "big") * top // 0xFFFF_FFFF
 
     def wait(self, now: int, seconds: float) -> None:
-        """Waits as long as the node asked for, at most 10 s."""
-        self._next = max(self._next, now + int(min(max(seconds, 0.05), 10.0) * SECOND))
+        """Waits as long as the node asked for, at most 10 s (what is no number counts as no wait)."""
+        self._next = max(self._next, now + int(min(max(0.05, seconds), 10.0) * SECOND))

@@ -24,6 +24,7 @@ _DATA = int(Type.DATA)
 _ACK = int(Type.ACK)
 _STILL = limits.STILL_SECONDS * SECOND
 _HELD_BYTES = limits.RING_BYTES // 2
+_NEVER = 1 << 63
 
 
 class OutputLog(Protocol):
@@ -123,19 +124,28 @@ class Ended:
 class Session:
     """One session as its node sees it.
 
-    `events` collects what the node must act on: "exited", "closed", "storage". `overwrite` False holds the agent when nobody
-    is attached and the log is full of unread output; `holding` does so because the last driver was an exact one, whose
-    next connection wants every byte. `spare` makes the log that takes over when the disk fails.
+    `events` collects what the node must act on: "exited", "closed", "storage". `overwrite` False holds the agent when
+    nobody is attached and the log is full of unread output; `holding` does so because the last driver was an exact
+    one, whose next connection wants every byte. `spare` makes the log that takes over when the disk fails.
     """
 
     __slots__ = (
-        "_away", "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final", "holding", "id", "intake", "kind", "lanes", "lanes_known", "log",
-        "log_id", "name", "overwrite", "port", "read_to", "spare", "state", "tenant", "typist", "uid",
-        "was_read",
+        "_away", "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final",
+        "holding", "id", "intake", "kind", "lanes", "lanes_known", "log", "log_id", "name", "overwrite", "port",
+        "read_to", "spare", "state", "tenant", "typist", "uid", "was_read",
     )  # fmt: skip
 
     def __init__(
-        self, uid: SessionUid, log: OutputLog, *, log_id: int, kind: Kind, tenant: str, agent: str, name: str, number: int = 0
+        self,
+        uid: SessionUid,
+        log: OutputLog,
+        *,
+        log_id: int,
+        kind: Kind,
+        tenant: str,
+        agent: str,
+        name: str,
+        number: int = 0,
     ) -> None:
         self.id = number
         self.uid = uid
@@ -171,10 +181,13 @@ class Session:
     def pod_opened(self, port: PodPort, opened: messages.Opened, now: int) -> None:
         """Takes the session up at a pod that has it: its lanes are the truth about input.
 
-        Raises ProtocolError (`GAP`) when the pod no longer has output that the log lacks; the caller then begins a new log.
+        Raises ProtocolError (`GAP`) when the pod no longer has output that the log lacks; the caller then begins a new
+        log.
         """
         if opened.base > self.log.end or opened.next < self.log.end:
-            raise ProtocolError(Code.GAP, f"the agent has output {opened.base} to {opened.next}, the log ends at {self.log.end}")
+            raise ProtocolError(
+                Code.GAP, f"the agent has output {opened.base} to {opened.next}, the log ends at {self.log.end}"
+            )
         self.port = port
         self.lanes_known = True
         known = {AttachmentId(lane.attachment): lane.next for lane in opened.lanes}
@@ -353,9 +366,10 @@ class Session:
         snapshot = bool(final) or (fresh and self._can_capture())
         attachment.cursor = attachment.acked = start
         accept = messages.Accept(
-            uid=self.uid, log=self.log_id, kind=self.kind, epoch=self.epoch, node=node, name=self.name, agent=self.agent,
-            output=start, input=lane.handled, window=attachment.window, keepalive=limits.KEEPALIVE_SECONDS, created=created,
-            snapshot=snapshot, mode=attachment.mode, state=self.state.value, head=log.end,
+            uid=self.uid, log=self.log_id, kind=self.kind, epoch=self.epoch, node=node, name=self.name,
+            agent=self.agent, output=start, input=lane.handled, window=attachment.window,
+            keepalive=limits.KEEPALIVE_SECONDS, created=created, snapshot=snapshot, mode=attachment.mode,
+            state=self.state.value, head=log.end,
         )  # fmt: skip
         attachment.link.send_message(Type.ACCEPT, attachment.handle, accept)
         if final:
@@ -431,7 +445,9 @@ class Session:
             port.link.send_message(Type.LANE, lane.handle, messages.Lane(self.uid, lane.id, lane.handled))
 
     def _settle(self, attachment: Attachment, now: int) -> None:
-        """Ends an attach or resume: who arrives counts as the typist, is told of the end if there was one, and is fed."""
+        """Ends an attach or resume: who arrives counts as the typist, is told of the end if there was one, and is
+        fed.
+        """
         if attachment.mode == "drive" and attachment.answers:
             self._typing(attachment)
         self._audience()
@@ -607,7 +623,9 @@ class Session:
             attachment.cursor = cursor + len(data)
 
     def _gap(self, attachment: Attachment, now: int) -> None:
-        """Names what the ring has overwritten before the attachment read it; a snapshot stands for it where one can be had."""
+        """Names what the ring has overwritten before the attachment read it; a snapshot stands for it where one can be
+        had.
+        """
         lost = Lost(attachment.cursor, self.log.tail)
         if not attachment.exact and self._can_capture():
             attachment.lost = lost
@@ -648,7 +666,9 @@ class Session:
     # ---- pace --------------------------------------------------------------------------------------------------
 
     def pacer(self) -> Attachment | None:
-        """Returns who sets the agent's pace: the slowest exact driver, else the last typist, else the fastest driver."""
+        """Returns who sets the agent's pace: the slowest exact driver, else the last typist, else the fastest
+        driver.
+        """
         best: Attachment | None = None
         for attachment in self.attachments.values():
             if attachment.mode != "drive" or attachment.laggard or attachment.waiting:
@@ -663,12 +683,11 @@ class Session:
         if port is None:
             return
         end = self.log.end
-        drivers = sum(1 for attachment in self.attachments.values() if attachment.mode == "drive")
+        drivers = self._drivers()
         if drivers:
             leader = self.pacer()
             limit = end if leader is None else min(leader.cursor, end)
-            # An exact one that is alone is a pipe with a full end: its agent waits as long as it takes.
-            if leader is not None and limit < end and now - leader.progress >= _STILL and (drivers > 1 or not leader.exact):
+            if leader is not None and now >= self._still_at(leader, drivers):
                 leader.laggard = True
                 self.pace(now)
                 return
@@ -676,8 +695,10 @@ class Session:
             limit = end
         else:
             limit = min(end, self.read_to + _HELD_BYTES)
-        for position, since in self._away.values():
-            if not drivers or now - since < _STILL:
+        for away, (position, since) in list(self._away.items()):
+            if drivers and now - since >= _STILL:
+                del self._away[away]
+            else:
                 limit = min(limit, position + _HELD_BYTES)
         intake = self.intake
         intake.handle(limit, now)
@@ -687,13 +708,31 @@ class Session:
 
     def next_timeout(self) -> int | None:
         """Returns when `handle_timeout` wants to be called, in monotonic nanoseconds, or None."""
-        due = self.intake.timeout() if self.port is not None else None
-        if self.port is not None and self.attachments:
+        if self.port is None:
+            return None
+        due = self.intake.timeout()
+        drivers = self._drivers()
+        if drivers:
             leader = self.pacer()
-            if leader is not None and leader.cursor < self.log.end:
-                still = leader.progress + _STILL
-                due = still if due is None else min(due, still)
+            times = [since + _STILL for _, since in self._away.values()]
+            if leader is not None:
+                times.append(self._still_at(leader, drivers))
+            soonest = min(times, default=_NEVER)
+            if soonest < _NEVER:
+                due = soonest if due is None else min(due, soonest)
         return due
+
+    def _drivers(self) -> int:
+        return sum(1 for attachment in self.attachments.values() if attachment.mode == "drive")
+
+    def _still_at(self, leader: Attachment, drivers: int) -> int:
+        """Returns when who paces the agent loses that, if nothing moves until then.
+
+        An exact one that is alone is a pipe whose other end is full: its agent waits as long as it takes.
+        """
+        if leader.cursor >= self.log.end or (leader.exact and drivers == 1):
+            return _NEVER
+        return leader.progress + _STILL
 
     def handle_timeout(self, now: int) -> None:
         """Does what is due: a lazy acknowledgement, or a driver that stands still loses the pace."""
@@ -738,4 +777,8 @@ class Session:
 
 def _rank(attachment: Attachment, typist: Attachment | None) -> tuple[bool, bool, int]:
     """Orders drivers: exact ones first, the slowest of them, then the typist, then who is farthest."""
-    return attachment.exact, not attachment.exact and attachment is typist, -attachment.cursor if attachment.exact else attachment.cursor
+    return (
+        attachment.exact,
+        not attachment.exact and attachment is typist,
+        -attachment.cursor if attachment.exact else attachment.cursor,
+    )

@@ -1,7 +1,7 @@
 """The reliable stream: positions, acknowledgement and window (docs/protocol.md, section 2).
 
-Positions are 64-bit byte counts. An input stream also carries *marks* (SIGNAL, EOF) that take one position each, so they
-too happen exactly once and in order.
+Positions are 64-bit byte counts. An input stream also carries *marks* (SIGNAL, EOF) that take one position each, so
+they too happen exactly once and in order.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ class SendStream:
         Raises ProtocolError (`GAP`) when the receiver wants bytes that were acknowledged long ago, or never written.
         """
         if not self.base <= position <= self.end:
-            raise ProtocolError(
-                Code.GAP, f"position {position} is wanted but only {self.base} to {self.end} are there"
-            )
+            raise ProtocolError(Code.GAP, f"position {position} is wanted but only {self.base} to {self.end} are there")
         self._top = max(self._top, position)
         self.acknowledge(position)
         self.sent = position
@@ -197,6 +195,8 @@ class Intake:
             self._since = -1
 
     def skip(self, position: int) -> None:
-        """Goes on at `position`: the bytes before it will not come (a gap was announced, or a snapshot stands for them)."""
+        """Goes on at `position`: the bytes before it will not come (a gap was announced, or a snapshot stands for
+        them).
+        """
         self.next = self.handled = self.acked = position
         self._since = -1

@@ -41,7 +41,9 @@ def tcp_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise UsageError(f"Port {port} on {host} is in use; stop what listens there or choose another with --port.") from None
+            raise UsageError(
+                f"Port {port} on {host} is in use; stop what listens there or choose another with --port."
+            ) from None
         raise UsageError(f"Cannot listen on {host} port {port}: {error.strerror}.") from None
     sock.setblocking(False)
     return sock
@@ -96,9 +98,9 @@ def peer_uid(sock: socket.socket) -> tuple[int, int]:
 class Listener:
     """Accepts connections of one listening socket.
 
-    With `context`, TLS begins only with a connection's first bytes, so one that never sends any costs no TLS state. Of those
-    without a proof (`proved` was not called) only so many are kept in total and per address: the oldest makes room, because
-    an honest client needs milliseconds.
+    With `context`, TLS begins only with a connection's first bytes, so one that never sends any costs no TLS state. Of
+    those without a proof (`proved` was not called) only so many are kept in total and per address: the oldest makes
+    room, because an honest client needs milliseconds.
     """
 
     def __init__(
@@ -209,7 +211,9 @@ class Listener:
         sock, peer = self._release(fd)
         assert self.context is not None
         try:
-            tls = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True)
+            tls = self.context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            )
         except OSError:
             sock.close()
             return

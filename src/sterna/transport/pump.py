@@ -90,13 +90,13 @@ class Pump:
     """
 
     __slots__ = (
-        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_reactor", "_sock", "_timer", "_writing", "data",
-        "link", "owner", "peer", "tls",
+        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_reactor", "_sock", "_timer", "_writing",
+        "data", "link", "owner", "peer", "tls",
     )  # fmt: skip
 
     def __init__(
-        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "", handshake: bool = False,
-        on_open: Callable[[Pump], None] | None = None,
+        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "",
+        handshake: bool = False, on_open: Callable[[Pump], None] | None = None,
     ) -> None:  # fmt: skip
         self._reactor = reactor
         self._sock = sock

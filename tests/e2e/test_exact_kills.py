@@ -1,0 +1,75 @@
+"""Many megabytes each way at once while the node, or the client, is killed again and again, also at the worst points."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+
+import pytest
+
+from tests.e2e.exact_rig import Duplex, elapsed, new_seed, size_of, start_node
+from tests.e2e.rig import Rig
+
+KILLS = 20
+POINTS = ("append", "journalled", "write", "written", "input")
+"""Before and after output is journalled, before and after bytes leave for clients and pods, after input was passed on."""
+
+
+def progress(duplex: Duplex) -> int:
+    return duplex.target.stat().st_size if duplex.target.exists() else 0
+
+
+def wait_beyond(duplex: Duplex, position: int, pipe: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits until so many bytes of output have arrived, or the pipe has ended; False when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while progress(duplex) < position and pipe.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def kill_nodes(short: int, *, broken: str = "", seconds: float = 600.0) -> tuple[str, int, int]:
+    """Kills the node 20 times: half at a random moment, half at a chosen point; returns fault, exit status and kills."""
+    seed, size = new_seed(), size_of(short)
+    rng = random.Random(seed)
+    kills = dict.fromkeys((*POINTS, "random"), 0)
+    with Rig() as rig:
+        duplex = Duplex(rig, seed, size)
+        start_node(rig)
+        start = time.monotonic()
+        pipe = duplex.start(duplex.words(rig.port), streams=True)
+        for number in range(1, KILLS + 1):
+            wait_beyond(duplex, size * number // (KILLS + 2), pipe, seconds)
+            if pipe.poll() is not None:
+                break
+            assert rig.node is not None
+            rig.node.kill()
+            kills["random"] += 1
+            if number % 2 and not broken:
+                # This node dies at a point that the test chose, before the next one may live for a while.
+                point = POINTS[number // 2 % len(POINTS)]
+                rig.node = start_node(rig, die=f"{point}:{rng.randrange(1, 60)}", broken=broken)
+                rig.node.process.wait(20)
+                kills[point] += 1
+            start_node(rig, broken=broken)
+        said = duplex.finish(pipe, seconds)
+        fault = duplex.fault()
+        count = sum(kills.values())
+        print(f"{size / 1e6:.0f} MB each way in {elapsed(start)}: {count} kills of the node ({kills}); {said[:300]} {fault}")
+        return fault or said, pipe.returncode, count
+
+
+@pytest.mark.timeout(900)
+def test_every_byte_arrives_once_while_the_node_is_killed() -> None:
+    fault, status, kills = kill_nodes(20)
+    assert fault == ""
+    assert status == 0
+    assert kills >= KILLS
+
+
+@pytest.mark.timeout(120)
+def test_control_a_node_that_acknowledges_before_the_journal_is_caught() -> None:
+    fault, _, _ = kill_nodes(20, broken="acknowledge-first", seconds=15.0)
+    assert fault != ""

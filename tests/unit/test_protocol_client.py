@@ -1,0 +1,112 @@
+"""The client's machine, one situation at a time: what a hostile node or an unlucky order of packets must not do."""
+
+from __future__ import annotations
+
+from sterna.errors import Code
+from sterna.protocol import messages
+from sterna.protocol.client import ClientMachine, Dial
+from sterna.protocol.frame import Type, encode
+
+SECOND = 1_000_000_000
+UID = b"U" * 16
+
+
+def machine() -> tuple[ClientMachine, int]:
+    """A client whose first connection carries its session."""
+    body = messages.ConnectBody(
+        context=messages.CONTEXT_CONNECT,
+        node=b"N" * 32,
+        request=b"r" * 16,
+        key=b"k",
+        attachment=b"a" * 16,
+        credential="",
+    )
+    client = ClientMachine(
+        body,
+        device=b"d" * 32,
+        sign=lambda context, signed: b"s" * 64,
+        counter=lambda: 1,
+        raise_counter=lambda value: None,
+        random=bytes,
+        now=SECOND,
+    )
+    number = dial(client)
+    client.established(number, SECOND)
+    accept = messages.Accept(
+        uid=UID,
+        log=1,
+        kind="pty",
+        epoch=1,
+        node=b"N" * 32,
+        name="n",
+        agent="a",
+        output=0,
+        input=0,
+        window=1000,
+        keepalive=15,
+    )
+    give(client, number, Type.ACCEPT, 1, accept)
+    assert client.active == number
+    events(client)
+    return client, number
+
+
+def dial(client: ClientMachine) -> int:
+    while (action := client.next_action()) is not None:
+        if isinstance(action, Dial):
+            return action.connection
+    raise AssertionError("the client does not dial")
+
+
+def give(client: ClientMachine, number: int, kind: Type, handle: int, message: messages.Message) -> None:
+    client.receive(number, encode(kind, handle, 0, messages.pack(message)), 2 * SECOND)
+
+
+def events(client: ClientMachine) -> list[str]:
+    found = []
+    while (event := client.next_event()) is not None:
+        found.append(type(event).__name__)
+    return found
+
+
+def test_displaced_by_its_own_resume_is_not_the_end() -> None:
+    """The ERROR on the old connection may be read before RESUMED on the new one."""
+    client, old = machine()
+    client.suspect(2 * SECOND, "the address changed")
+    new = dial(client)
+    client.established(new, 2 * SECOND)
+    give(client, old, Type.ERROR, 1, messages.error(Code.DISPLACED, "Resumed elsewhere."))
+    assert not client.finished
+    give(client, new, Type.RESUMED, 1, messages.Resumed(epoch=1, log=1, output=0, input=0))
+    assert client.active == new
+    assert "Failed" not in events(client)
+
+
+def test_control_displaced_by_somebody_else_is_the_end() -> None:
+    client, number = machine()
+    give(client, number, Type.ERROR, 1, messages.error(Code.DISPLACED, "Resumed elsewhere."))
+    assert client.finished
+    assert events(client) == ["Failed"]
+
+
+def test_a_wait_that_is_no_number_is_none() -> None:
+    for wait in (float("nan"), float("inf"), -1e308):
+        client, number = machine()
+        give(client, number, Type.ERROR, 0, messages.error(Code.BUSY, "Busy.", retry_after=wait))
+        assert not client.finished
+        due = client.next_timeout()
+        assert due is not None
+        assert due <= 13 * SECOND
+
+
+def test_an_acknowledgement_of_what_an_earlier_connection_carried_is_fine() -> None:
+    client, old = machine()
+    client.write(b"0123456789", SECOND)
+    client.data_to_send()
+    client.lost(old, 2 * SECOND)
+    new = dial(client)
+    client.established(new, 2 * SECOND)
+    client.receive(new, encode(Type.RESUMED, 1, 0, messages.pack(messages.Resumed(1, 1, 0, 0)))
+                   + encode(Type.ACK, 1, 10, (10).to_bytes(8, "big")), 2 * SECOND)  # fmt: skip
+    assert client.active == new
+    assert client.input.base == 10

@@ -1,0 +1,194 @@
+"""The terminal engine: answers, and what a snapshot has to bring over, one by one."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sterna.pod import libghostty
+from sterna.pod.screen_ghostty import GhosttyTerminal
+from sterna.pod.snapshot import MODES
+
+
+def repainted(stream: bytes, later: bytes = b"", cols: int = 20, rows: int = 5) -> tuple[GhosttyTerminal, GhosttyTerminal]:
+    """Feeds one terminal, another one from its snapshot, and both with what comes later."""
+    one, other = GhosttyTerminal(cols, rows, 100), GhosttyTerminal(cols, rows, 100)
+    one.feed(stream)
+    other.feed(one.snapshot())
+    assert one.feed(later) == other.feed(later)
+    assert one.cells(scrollback=True) == other.cells(scrollback=True)
+    assert one.cursor() == other.cursor()
+    assert one.snapshot() == other.snapshot()
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("query", "answer"),
+    [
+        (b"\x1b[c", b"\x1b[?62;22c"),
+        (b"\x1b[>c", b"\x1b[>1;0;0c"),
+        (b"\x1b[5n", b"\x1b[0n"),
+        (b"ab\r\n\x1b[6n", b"\x1b[2;1R"),
+        (b"\x1b[?2004h\x1b[?2004$p", b"\x1b[?2004;1$y"),
+        (b"\x1b[1;31m\x1bP$qm\x1b\\", b"\x1bP1$r0;1;31m\x1b\\"),
+        (b"\x1b[18t", b"\x1b[8;5;20t"),
+        (b"\x1b[?u", b"\x1b[?0u"),
+        (b"plain", b""),
+    ],
+)
+def test_answers(query: bytes, answer: bytes) -> None:
+    assert GhosttyTerminal(20, 5).feed(query) == answer
+
+
+def test_names_itself() -> None:
+    assert GhosttyTerminal(20, 5).feed(b"\x1b[>q").startswith(b"\x1bP>|")
+
+
+@pytest.mark.parametrize(
+    ("stream", "later"),
+    [
+        pytest.param(b"\x1b[3;4H\x1b[31m\x1b7\x1b[H\x1b[m", b"\x1b8x", id="saved-cursor"),
+        pytest.param(b"\x1b[2;4r\x1b[?6h\x1b7\x1b[?6l", b"\x1b8x\x1b[H\n\n\ny", id="saved-origin-mode"),
+        pytest.param(b"\x1b[2;4r\x1b[?6h\x1b[2;3H", b"x\x1b[9;9Hy", id="origin-mode"),
+        pytest.param(b"main\r\n\x1b[?1049halt", b"!\x1b[?1049l$", id="main-below-alternate"),
+        pytest.param(b"main\x1b[3;3H\x1b[?47h\x1b[Halt", b"!\x1b[?47l$", id="old-alternate"),
+        pytest.param(b"x" * 20, b"y", id="pending-wrap"),
+        pytest.param(b"\x1b[3;1H" + b"x" * 20 + b"\x1b7\x1b[H", b"\x1b8y", id="saved-pending-wrap"),
+        pytest.param("x" * 18 + "中", "文", id="pending-wrap-wide"),
+        pytest.param("x" * 19 + "中", "文", id="spacer-before-wide"),
+        pytest.param(b"\x1b[44m" + b"x" * 50 + b"\x1b[m", b"\x1b[K", id="background-over-a-wrap"),
+        pytest.param(b"x" * 30 + b"\x1b[1;15H\x1b[1J", b"y", id="wrapped-line-with-erased-begin"),
+        pytest.param(b"x" * 30 + b"\x1b[1;10H\x1b[9@", b"y", id="wrapped-line-with-erased-end"),
+        pytest.param(b"\x1b[44m\x1b[2J\x1b[41m\x1b[2;2H\x1b[3X\x1b[m", b"", id="erased-with-background"),
+        pytest.param(b"\x1b[4:3;58;5;9;38;5;100;48;2;1;2;3;53mx\x1b[m\x1b[21my\x1b[2;5;7;8;9mz", b"w", id="styles"),
+        pytest.param(b"\x1b]8;;http://a/b\x07link\x1b]8;;\x07 no \x1b]8;;http://c\x07", b"x", id="hyperlinks"),
+        pytest.param(b"\x1b(0qqq\x1b(B\x1b)0", b"\x0eqqq\x0f", id="designated-set"),
+        pytest.param(b"\x1b)0\x0e", b"lqk", id="shifted-set"),
+        pytest.param(b"\x1b[3g\x1b[5G\x1bH\x1b[11G\x1bH\r", b"\ta\tb", id="tab-stops"),
+        pytest.param(b"\x1b[?69h\x1b[5;10s\x1b[2;6H", b"hello world", id="left-and-right-margins"),
+        pytest.param(b"abc\x1b[4h\x1b[1;2H", b"XY", id="insert-mode"),
+        pytest.param(b"\x1b[?7l", b"y" * 30, id="no-autowrap"),
+        pytest.param(b"\x1b[?1000;1006;2004;1004h\x1b[?1h\x1b=\x1b[?25l", b"", id="input-modes"),
+        pytest.param(b"\x1b[?2004h\x1b[?2004s\x1b[?2004l", b"\x1b[?2004r\x1b[?2004$p", id="xtsave"),
+        pytest.param(b"\x1b[5 q", b"", id="cursor-shape"),
+        pytest.param(b"\x1b[5 q\x1b[?1049h\x1b[3 q", b"\x1b[?1049l", id="cursor-shape-of-each-screen"),
+        pytest.param(b"\x1b]4;3;#112233\x07\x1b]10;#445566\x07", b"\x1b]4;3;?\x07\x1b]10;?\x07", id="colours"),
+        pytest.param(b"\x1b[=3;1u\x1b[>5u", b"\x1b[?u\x1b[<u\x1b[?u", id="keyboard-stack"),
+        pytest.param(b"\x1b[>4;2m", b"", id="modify-other-keys"),
+        pytest.param(b'\x1b[1"qsafe\x1b[0"q not', b"\x1b[?2J", id="protected"),
+        pytest.param(b"ab-\x1b[3;3H", b"\x1b[5b", id="repeat"),
+        pytest.param(b"Z\x1b[2J\x1b[3;3H", b"\x1b[5b", id="repeat-of-an-erased-one"),
+        pytest.param(b"\x1b]7;file://host/dir\x07\x1b]2;a title\x07", b"", id="title-and-directory"),
+        pytest.param("\x1b[?2027he\u0301 👍🏽 👩\u200d💻".encode(), b"x", id="clusters"),
+        pytest.param(b"one\r\n" * 30, b"two\r\n", id="scroll-back"),
+        pytest.param(b"\x1b[5;1H\x1b[45m\n\n\x1b[m", b"x", id="scrolled-background"),
+    ],
+)
+def test_a_snapshot_brings_it_over(stream: bytes | str, later: bytes | str) -> None:
+    repainted(
+        stream if isinstance(stream, bytes) else stream.encode(), later if isinstance(later, bytes) else later.encode()
+    )
+
+
+def test_a_snapshot_cleans_a_terminal_in_any_state() -> None:
+    one = GhosttyTerminal(20, 5, 100)
+    one.feed(b"clean\r\n$ ")
+    dirty = GhosttyTerminal(20, 5, 100)
+    dirty.feed(b"x\r\n" * 30 + b"\x1b[?1049h\x1b[2;3r\x1b[?6h\x1b[4h\x1b(0\x1b[41m\x1b[?1003;1006h\x1b[?7l\x1b]2;unfinis")
+    dirty.feed(one.snapshot())
+    assert dirty.cells(scrollback=True) == one.cells(scrollback=True)
+    assert dirty.snapshot() == one.snapshot()
+
+
+def test_without_scroll_back_the_lines_above_stay() -> None:
+    one, other = GhosttyTerminal(20, 5, 100), GhosttyTerminal(20, 5, 100)
+    one.feed(b"session\r\n" * 9)
+    other.feed(b"mine\r\n" * 9)
+    other.feed(one.snapshot(scrollback=False))
+    assert other.cells() == one.cells()
+    assert "mine" in other.text(scrollback=True)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        (b"\xe4\xb8", b"\xad"),
+        (b"\x1b", b"[31m"),
+        (b"\x1b[38;5", b";9m"),
+        (b"\x1b]2;half a ti", b"tle\x07"),
+        (b"\x1bP$q", b"m\x1b\\"),
+        (b"\x1b_G", b"a=q;\x1b\\"),
+    ],
+)
+def test_a_snapshot_within_a_sequence_goes_on_with_it(begin: bytes, end: bytes) -> None:
+    terminal = GhosttyTerminal(20, 5)
+    terminal.feed(b"text" + begin)
+    assert not terminal.at_ground()
+    one, _ = repainted(b"text" + begin, end + b"x")
+    assert one.at_ground()
+    packed = GhosttyTerminal(20, 5, 100, packed=terminal.pack())
+    packed.feed(end + b"x")
+    assert packed.cells() == one.cells()
+    assert packed.title() == one.title()
+
+
+def test_soft_wraps_survive_so_that_resizing_reflows() -> None:
+    one, other = repainted(b"a line longer than twenty cells is wrapped\r\nnext")
+    one.resize(50, 5)
+    other.resize(50, 5)
+    assert one.text().startswith("a line longer than twenty cells is wrapped\nnext")
+    assert one.cells() == other.cells()
+
+
+def test_titles_lose_control_characters_in_a_snapshot() -> None:
+    terminal = GhosttyTerminal(20, 5)
+    terminal.feed(b"\x1b]2;good\x07")
+    assert terminal.title() == "good"
+    assert b"\x1b]2;good\x1b\\" in terminal.snapshot()
+
+
+def test_terminals_in_several_threads_keep_their_answers_apart() -> None:
+    def ask(rows: int) -> set[bytes]:
+        terminal = GhosttyTerminal(20, rows)
+        return {terminal.feed(b"x" * 50_000 + b"\x1b[18t") for _ in range(50)}
+
+    with ThreadPoolExecutor(4) as pool:
+        for rows, answers in zip(range(5, 9), pool.map(ask, range(5, 9)), strict=True):
+            assert answers == {b"\x1b[8;%d;20t" % rows}
+
+
+def test_bells_are_counted() -> None:
+    terminal = GhosttyTerminal(20, 5)
+    terminal.feed(b"\a\a x \a")
+    assert terminal.bells == 3
+
+
+def test_defaults_are_the_ones_a_snapshot_takes_for_granted() -> None:
+    terminal = GhosttyTerminal(20, 5)
+    assert {number: terminal.mode(number) for number in MODES} == MODES
+
+
+def test_scroll_back_is_bounded_by_lines() -> None:
+    terminal = GhosttyTerminal(20, 5, 50)
+    for number in range(5000):
+        terminal.feed(b"line %d\r\n" % number)
+    rows = terminal.cells(scrollback=True)
+    assert len(rows) == 55
+    assert rows[0].text().startswith("line 4946")
+    assert len(terminal.pack()) < 100_000, "the library drops whole pages of lines"
+
+
+def test_garbage_is_no_packed_terminal() -> None:
+    good = GhosttyTerminal(20, 5).pack()
+    for bad in (b"", b"GHOSTSNP", good[:-5], good[:40] + bytes([good[40] ^ 0xFF]) + good[41:]):
+        with pytest.raises(ValueError, match="packed"):
+            GhosttyTerminal(20, 5, packed=bad)
+
+
+def test_a_missing_or_foreign_library_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    with pytest.raises(libghostty.EngineMissingError, match="cannot be used"):
+        libghostty.Library(f"{tmp_path}/nothing.so")
+    monkeypatch.setattr(libghostty, "_CELL_BITS", {"wide": (40, 2)})
+    with pytest.raises(libghostty.EngineMissingError, match=r"GhosttyCell\.wide"):
+        libghostty.load.__wrapped__()
