@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.e2e.exact_rig import Duplex, elapsed, new_seed, size_of, start_node
-from tests.e2e.rig import Rig
+from tests.e2e.rig import Rig, _children
 
 KILLS = 20
 POINTS = ("append", "journalled", "write", "written", "input")
@@ -72,4 +72,52 @@ def test_every_byte_arrives_once_while_the_node_is_killed() -> None:
 @pytest.mark.timeout(120)
 def test_control_a_node_that_acknowledges_before_the_journal_is_caught() -> None:
     fault, _, _ = kill_nodes(20, broken="acknowledge-first", seconds=15.0)
+    assert fault != ""
+
+
+def kill_clients(short: int, least: int, *, broken: str = "", seconds: float = 600.0) -> tuple[str, int, int]:
+    """Kills the client at random moments and starts it again with the same files; returns fault, status and kills."""
+    seed, size = new_seed(), size_of(short)
+    rng = random.Random(seed)
+    said, kills = "", 0
+    with Rig() as rig:
+        duplex = Duplex(rig, seed, size)
+        start_node(rig)
+        start = time.monotonic()
+        while True:
+            pipe = duplex.start(duplex.words(rig.port, *duplex.files(), broken=broken), streams=False)
+            if kills < least:
+                # Also before it has connected: then the same request comes again.
+                if rng.random() < 0.3:
+                    time.sleep(rng.uniform(0.1, 0.3))
+                else:
+                    wait_beyond(duplex, size * kills // (least + 2) + rng.randrange(size // 50), pipe, seconds)
+            if kills >= least or pipe.poll() is not None:
+                break
+            pipe.kill()
+            said += pipe.communicate()[1].decode()
+            kills += 1
+        said += duplex.finish(pipe, seconds)
+        fault = duplex.fault()
+        if not (fault or broken):
+            assert rig.node is not None
+            ended = rig.node.output().count("session ended")
+            left = _children(rig.pods[duplex.agent].pid)
+            fault = "" if ended == 1 and not left else f"{ended} sessions ended, the programs {left} still run"
+            fault = fault or ("the record is left" if (rig.directory / f".{duplex.target.name}.sterna").exists() else "")
+        print(f"{size / 1e6:.0f} MB each way in {elapsed(start)}: {kills} kills of the client; {said[:300]} {fault}")
+        return fault or said, pipe.returncode, kills
+
+
+@pytest.mark.timeout(900)
+def test_every_byte_arrives_once_while_the_client_is_killed() -> None:
+    fault, status, kills = kill_clients(30, 15)
+    assert fault == ""
+    assert status == 0
+    assert kills >= 10
+
+
+@pytest.mark.timeout(120)
+def test_control_a_client_that_acknowledges_before_it_writes_is_caught() -> None:
+    fault, _, _ = kill_clients(10, 4, broken="early", seconds=15.0)
     assert fault != ""

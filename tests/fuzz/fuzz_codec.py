@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["sterna"]):
 
 
 def repaired(data: bytes) -> bytes:
-    """Returns frames whose magic and checksum are right, with what the input says about the rest: noise rarely has both."""
+    """Returns frames with the right magic and checksum and what the input says of the rest: noise rarely has both."""
     out, at = b"", 0
     while at + 11 <= len(data) and len(out) < 4096:
         kind, size = data[at], data[at + 1] % 80

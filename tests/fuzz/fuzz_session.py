@@ -1,8 +1,8 @@
 """Fuzzes a session's machine with hostile clients and a hostile pod, the pod's and the client's with a hostile node.
 
-What clients send never raises. What a pod sends may raise ProtocolError, which ends the pod's connection; what a node sends
-to a pod may raise ProtocolError, which ends the node's connection. What a node sends to a client never raises. Nothing else is
-allowed.
+What clients send never raises. What a pod sends may raise ProtocolError, which ends the pod's connection; what a node
+sends to a pod may raise ProtocolError, which ends the node's connection. What a node sends to a client never raises.
+Nothing else is allowed.
 
 Run as `python -m tests.fuzz.fuzz_session [CORPUS] [-runs=N] [-max_total_time=SECONDS]`.
 """

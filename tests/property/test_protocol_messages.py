@@ -81,7 +81,8 @@ def test_anything_else_is_one_error(shape: type[Message], payload: bytes) -> Non
     try:
         messages.unpack(shape, payload)
     except ProtocolError as error:
-        assert error.code == Code.BAD_PAYLOAD
+        if error.code is not Code.BAD_PAYLOAD:
+            raise
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,8 @@ def test_what_is_not_one_compressed_frame_is_one_error(data: bytes) -> None:
         try:
             compress.decompress(payload)
         except ProtocolError as error:
-            assert error.code == Code.BAD_PAYLOAD
+            if error.code is not Code.BAD_PAYLOAD:
+                raise
 
 
 def test_a_bomb_is_refused_at_its_limit() -> None:

@@ -1,4 +1,4 @@
-"""The reliable stream against plain bytes: two ends, arbitrary losses of connection, duplicates, marks, any position."""
+"""The reliable stream against plain bytes: two ends, any losses of connection, duplicates, marks, positions."""
 
 from __future__ import annotations
 

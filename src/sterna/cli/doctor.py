@@ -80,7 +80,8 @@ def examine(state: str | None = None, config_path: str | None = None) -> Iterato
     """Yields everything that was looked at; a check that breaks is a finding itself."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python, _libraries, lambda: _config(config_path), lambda: _state(state), lambda: _device(state),
-        lambda: _node(state), lambda: _journal(state, config_path), lambda: _disk(state), _clock, _terminal, _limits, _logout,
+        lambda: _node(state), lambda: _journal(state, config_path), lambda: _disk(state), _clock, _terminal, _limits,
+        _logout,
     ]  # fmt: skip
     for check in checks:
         try:

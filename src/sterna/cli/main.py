@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "invite": ("ssh", ""),
     "info": ("sessions", "Show one session in detail."),
     "ls": ("sessions", "List sessions and agents."),
-    "new": ("attach", "Begin a new session and print its name."),
+    "new": ("sessions", "Begin a new session and print its name."),
     "node": ("node", "The node daemon."),
     "pipe": ("pipe", "Connect standard input and output to a session, exactly."),
     "play": ("record", "Play a recording."),

@@ -2,28 +2,138 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
 from sterna.client.endpoint import Endpoint, find
 from sterna.client.session import Wish
+from sterna.errors import Code, RefusedError, UsageError
 from sterna.trust.links import is_link
 
+if TYPE_CHECKING:
+    from sterna.client.calls import Caller
+
 DEFAULT_AGENT = "main"
+_LISTED_MAX = 50
+_ANSWER_BYTES = 1024
 
 
 def choose(
-    target: str | None, *, name: str | None, fresh: bool, state: str | None, host: str | None, port: int | None
+    target: str | None,
+    *,
+    name: str | None,
+    fresh: bool,
+    state: str | None,
+    host: str | None,
+    port: int | None,
+    interactive: bool | None = None,
 ) -> tuple[Endpoint, Wish]:
-    """Returns the node and the wish for `attach` and its kin; raises SternaError with what to do."""
-    if target is not None and is_link(target):
-        return find(state=state, link=target), Wish("join")
-    if target is not None and ("@" in target or target.startswith("ssh://")):
-        from sterna.cli.ssh import reach
+    """Returns the node and the wish for `attach` and its kin; raises SternaError with what to do.
 
-        endpoint, target = reach(target, state=state, port=port)
-    else:
-        endpoint = find(state=state, host=host, port=port)
-    agent = target or DEFAULT_AGENT
-    if name is not None:
-        return endpoint, Wish("named", agent=agent, name=name)
-    if fresh:
-        return endpoint, Wish("new", agent=agent)
-    return endpoint, Wish("latest", agent=agent)
+    A target is a share link, an agent's name (its latest session) or a session's. Without target and name, and with
+    several sessions that go on, the user picks one if `interactive` (by default: on a terminal).
+    """
+    if target is not None and is_link(target):
+        if name is not None or fresh:
+            raise UsageError("A share link names its session: leave --name and --new out.")
+        return find(state=state, link=target), Wish("join")
+    if name is not None and fresh:
+        raise UsageError("Choose either --name, which finds or makes a session, or --new.")
+    endpoint = find(state=state, host=host, port=port)
+    if target is not None and (name is not None or fresh):
+        return endpoint, Wish("new" if fresh else "named", agent=target, name=name)
+    from sterna.client.calls import Caller
+
+    with Caller(endpoint, state=state) as caller:
+        sessions, agents = caller.listing()
+    if target is not None:
+        return endpoint, _meant(target, sessions, agents)
+    if name is not None or fresh:
+        return endpoint, Wish("new" if fresh else "named", agent=_default_agent(agents), name=name)
+    if interactive is None:
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive and sum(session["state"] != "exited" for session in sessions) > 1:
+        return endpoint, _ask(sessions, agents)
+    return endpoint, Wish("latest", agent=_default_agent(agents))
+
+
+def _meant(target: str, sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
+    """Returns the wish for a name: an agent's comes first, as an agent's first session is called after it."""
+    if any(agent["name"] == target for agent in agents):
+        return Wish("latest", agent=target)
+    for session in sessions:
+        if target in (session["name"], session["uid"]):
+            return Wish("join", uid=bytes.fromhex(session["uid"]))
+    if any(session["agent"] == target for session in sessions):
+        return Wish("latest", agent=target)
+    raise RefusedError(
+        Code.NOT_FOUND, f"There is no agent or session {target[:80]!r}: `sterna ls` shows what there is."
+    )
+
+
+def _default_agent(agents: list[dict[str, Any]]) -> str:
+    """Returns the agent that is meant when none is named: `main`, or the only one there is."""
+    names = sorted(agent["name"] for agent in agents)
+    if DEFAULT_AGENT in names or not names:
+        return DEFAULT_AGENT
+    if len(names) == 1:
+        return str(names[0])
+    raise UsageError(f"There are several agents here ({', '.join(names)}): name one.")
+
+
+def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
+    """Lets the user pick a session from a numbered list; the first is the one that changed last."""
+    import click
+
+    from sterna.cli.output import ending, when
+    from sterna.ids import clean_label
+
+    order = sorted(sessions, key=lambda session: (session["state"] == "exited", -session["changed"]))[:_LISTED_MAX]
+    width = max(len(session["name"]) for session in order)
+    for number, session in enumerate(order, 1):
+        said = ending(session) or ("attached elsewhere" if session["attached"] else "")
+        line = f"{number:3}  {session['name']:<{width}}  {session['state']:<9}  {when(session['changed'])}  {said}"
+        sys.stderr.write(clean_label(line, 200).rstrip() + "\n")
+    while True:
+        sys.stderr.write("Which session (a number or name, n for a new one, q to leave)? [1] ")
+        sys.stderr.flush()
+        # A terminal gives one line per read; what is typed ahead after it belongs to the session.
+        data = os.read(sys.stdin.fileno(), _ANSWER_BYTES)
+        if not data:
+            raise click.Abort
+        answer = data.decode(errors="replace").strip() or "1"
+        if answer == "q":
+            raise click.Abort
+        if answer == "n":
+            return Wish("new", agent=_default_agent(agents))
+        for number, session in enumerate(order, 1):
+            if answer in (str(number), session["name"]):
+                return Wish("join", uid=bytes.fromhex(session["uid"]))
+        sys.stderr.write("There is no such line.\n")
+
+
+def reach(*, state: str | None, host: str | None, port: int | None) -> Caller:
+    """Returns a connection for CALLs to the node that is meant; raises SternaError with what to do."""
+    from sterna.client.calls import Caller
+
+    return Caller(find(state=state, host=host, port=port), state=state)
+
+
+def named_session(
+    which: str, *, state: str | None, host: str | None, port: int | None
+) -> tuple[Endpoint, Wish, dict[str, Any]]:
+    """Returns the node, the wish to join, and what the node tells (`info`) of the session that a script names.
+
+    It is meant by a share link, its name or uid, or its agent's name (the latest session). Raises SternaError.
+    """
+    from sterna.client.calls import Caller, pick
+
+    link = which if is_link(which) else None
+    endpoint = find(state=state, link=link) if link is not None else find(state=state, host=host, port=port)
+    with Caller(endpoint, state=state) as caller:
+        sessions, _agents = caller.listing()
+        if link is not None and len(sessions) != 1:
+            raise RefusedError(Code.NOT_FOUND, "The session of this link is over.")
+        about = caller.call("info", session=(sessions[0] if link is not None else pick(sessions, which))["uid"])
+    return endpoint, Wish("join", uid=bytes.fromhex(about["uid"])), about

@@ -574,7 +574,7 @@ async def connect(  # noqa: PLR0913  # everything that the command line can say,
 ) -> Session:
     """Attaches to a session and returns it once it is there.
 
-    `target` is a share link, a session's name or an agent's; without it the latest session with `agent`, the one called
+    `target` is a share link, an agent's name or a session's; without it the latest session with `agent`, the one called
     `name` (made if absent), or a `new` one, which `argv` and `cwd` (of the node's machine) make too. The node is this
     machine's, that of the state directory `state`, or at `host` and `port` with access `token`; `link` names all of it.
     `exact` gives every byte from position `output`, or the oldest kept; else what repaints the screen comes first.
@@ -609,7 +609,7 @@ async def _first(
             await session._opened()
         except SternaError as error:
             session.abort()
-            if error.code == Code.NOT_FOUND and wish is not plan.wishes[-1]:
+            if plan.goes_on(wish, error):
                 continue
             raise plan.refusal(error) from None
         except BaseException:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from sterna.client.driver import PollDriver
 from sterna.client.endpoint import Endpoint
 from sterna.client.escape import Action, EscapeKeys, help_text
-from sterna.client.notify import Notifier
+from sterna.client.notify import BellFinder, Notifier
 from sterna.client.queries import LIVE, PASSIVE, REPLAY, QueryFilter
 from sterna.client.session import Wish, make_machine
-from sterna.client.status import OutputTail, ScreenModel, StatusLine
+from sterna.client.status import OutputTail, ScreenModel, StatusLine, unfinished
 from sterna.client.terminal import Terminal
 from sterna.errors import Code, RefusedError
 from sterna.protocol import client as machine_events
@@ -64,6 +64,7 @@ class Attach:
         self._queue: deque[tuple[bytes, int]] = deque()  # what the terminal has not taken, and the position after it
         self._typed = b""  # what the window has not taken
         self._notifier = Notifier("", os.environ) if options.notify else None
+        self._bells = BellFinder()
         self._name = ""
         self._close: Close | None = None
         self._error: RefusedError | None = None
@@ -219,7 +220,7 @@ class Attach:
             self._write(self._status.end())
         self._filter.mode = REPLAY if event.replayed else LIVE if self._typist else PASSIVE
         data = self._filter.feed(event.data)
-        if self._notifier is not None and b"\a" in data:
+        if self._notifier is not None and self._bells.feed(data) and not unfinished(data):
             data += self._notifier.bell(time.monotonic_ns())
         self._queue.append((data, event.end))
         self._flush(0)

@@ -56,6 +56,11 @@ class BlockingSession:
         return self._conversation.position
 
     @property
+    def unread(self) -> bool:
+        """Whether output is here already that `read` will return at once."""
+        return self._conversation.unread
+
+    @property
     def ended(self) -> bool:
         """Whether the session ended; output may still wait to be read."""
         return self._conversation.close is not None
@@ -169,6 +174,13 @@ class BlockingSession:
         finally:
             self.abort()
 
+    def leave_unread(self) -> None:
+        """Leaves without having dealt with the output: also the end of an ended session is left for somebody else."""
+        if self._conversation.close is None:
+            self._leave()
+        else:
+            self.abort()
+
     def close(self, *, timeout: float | None = None) -> int | None:
         """Ends the session for good, its program too; returns the exit status if any. Unread output is lost."""
         conversation = self._conversation
@@ -273,7 +285,7 @@ def connect(  # noqa: PLR0913  # everything that the command line can say, by na
             session.open(timeout)
         except SternaError as error:
             session.abort()
-            if error.code == Code.NOT_FOUND and wish is not plan.wishes[-1]:
+            if plan.goes_on(wish, error):
                 continue
             raise plan.refusal(error) from None
         except BaseException:

@@ -12,7 +12,7 @@ import msgspec
 
 from sterna.client.endpoint import Address, Endpoint, client_state
 from sterna.client.session import device_label
-from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, TrustError, UsageError
+from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, TrustError
 from sterna.protocol import messages
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
@@ -77,12 +77,11 @@ class Caller:
                         raise _refusal(result.error)
                     return msgspec.msgpack.decode(result.value)
 
-    def pages(self, method: str, key: str, **params: Any) -> Iterator[Any]:
+    def pages(self, method: str, key: str, *, after: int = 0, **params: Any) -> Iterator[Any]:
         """Yields the items of a list that comes in pages: `key` names them in each, `next` says where the next begins.
 
         Raises ProtocolError when the pages have no end.
         """
-        after = 0
         for _ in range(PAGES_MAX):
             page = self.call(method, after=after, **params)
             yield from page[key]
@@ -93,6 +92,14 @@ class Caller:
                 break
             after = following
         raise ProtocolError(Code.PROTOCOL, f"The node's list of {key} has no end.")
+
+    def listing(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns the sessions that are not closed, and the agents, as the node describes them."""
+        page = self.call("list")
+        sessions, agents, after = list(page["sessions"]), page["agents"], page["next"]
+        if after:
+            sessions += self.pages("list", "sessions", after=after)
+        return sessions, agents
 
     # ---- the connection ----------------------------------------------------------------------------------------
 
@@ -207,12 +214,14 @@ def _refusal(error: messages.Error) -> RefusedError:
 def pick(sessions: list[dict[str, Any]], which: str) -> dict[str, Any]:
     """Returns the session that a script means: by its name or uid, else the latest one of the agent with that name.
 
-    `sessions` is what the node lists; one that goes on is preferred to one that ended. Raises UsageError if none fits.
+    `sessions` is what the node lists; one that goes on is preferred to one that ended. Raises RefusedError if none
+    fits.
     """
     for session in sessions:
         if which in (session["name"], session["uid"]):
             return session
     of_agent = [session for session in sessions if session["agent"] == which]
     if not of_agent:
-        raise UsageError(f"There is no session or agent {which[:80]!r}: `sterna ls` shows what there is.")
+        text = f"There is no session or agent {which[:80]!r}: `sterna ls` shows what there is."
+        raise RefusedError(Code.NOT_FOUND, text)
     return max(of_agent, key=lambda session: (session["state"] != "exited", session["changed"]))

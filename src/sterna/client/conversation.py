@@ -44,10 +44,14 @@ class Plan:
         self.wishes = wishes
         self.target = target
 
+    def goes_on(self, wish: Wish, error: SternaError) -> bool:
+        """Tells whether the next wish is to be tried after `wish` failed with `error`."""
+        return wish is not self.wishes[-1] and error.code in (Code.NO_AGENT, Code.NOT_FOUND, Code.DENIED)
+
     def refusal(self, error: SternaError) -> SternaError:
         """Returns the error to raise after the last wish failed with `error`."""
-        if len(self.wishes) > 1 and error.code in (Code.NO_AGENT, Code.NOT_FOUND):
-            text = f"There is no session or agent {self.target[:80]!r}: `sterna ls` shows what there is."
+        if len(self.wishes) > 1 and error.code == Code.NOT_FOUND:
+            text = f"There is no agent or session {self.target[:80]!r}: `sterna ls` shows what there is."
             return RefusedError(Code.NOT_FOUND, text)
         return error
 
@@ -68,7 +72,7 @@ def make_plan(  # noqa: PLR0913  # everything that the command line can say, by 
 ) -> Plan:
     """Returns what `connect` is to try; raises SternaError when the node is not known. May ask the network and block.
 
-    A target is a share link, a session's name, or an agent's.
+    A target is a share link, an agent's name, or a session's.
     """
     if target is not None and is_link(target):
         link = target
@@ -84,7 +88,7 @@ def make_plan(  # noqa: PLR0913  # everything that the command line can say, by 
     if new or argv is not None or cwd is not None:
         return Plan(endpoint, [Wish("new", agent=target or agent, argv=argv, cwd=cwd)], target or agent)
     latest = Wish("latest", agent=target or agent)
-    return Plan(endpoint, [latest] if target is None else [Wish("join", name=target), latest], target or agent)
+    return Plan(endpoint, [latest] if target is None else [latest, Wish("join", name=target)], target or agent)
 
 
 class Conversation:
@@ -125,6 +129,8 @@ class Conversation:
         elif isinstance(event, Screen):
             self._screen(event)
         elif isinstance(event, Gap | Uncertain | Trouble | Notice):
+            if self.accept is None:
+                return  # that the first connection worked is no news
             if self._on_event is not None:
                 self._on_event(event)
             else:
@@ -150,6 +156,11 @@ class Conversation:
     def over(self) -> bool:
         """Whether nothing more will come than what waits already."""
         return self.close is not None or self.error is not None or self.left
+
+    @property
+    def unread(self) -> bool:
+        """Whether `take` has something to return now."""
+        return bool(self._queue)
 
     @property
     def position(self) -> int:

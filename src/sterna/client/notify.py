@@ -6,6 +6,7 @@ In tmux either is wrapped in a passthrough, which tmux(1) obeys with `allow-pass
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from sterna.limits import LABEL_MAX_CHARS
@@ -36,6 +37,31 @@ def uses_osc_777(environ: Mapping[str, str]) -> bool:
 def passthrough(sequence: bytes) -> bytes:
     """Returns `sequence` wrapped so that tmux hands it to the terminal outside."""
     return b"\x1bPtmux;" + sequence.replace(b"\x1b", b"\x1b\x1b") + b"\x1b\\"
+
+
+_STRING = re.compile(rb"\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)")
+_STRING_OPEN = re.compile(rb"\x1b(?:[\]PX^_][^\x07\x1b]*)?\Z")
+
+
+class BellFinder:
+    """Tells real bells from the BEL that ends a title or another string sequence; any split of the output is the
+    same.
+    """
+
+    __slots__ = ("_open",)
+
+    def __init__(self) -> None:
+        self._open = b""
+
+    def feed(self, data: bytes) -> bool:
+        """Returns whether the program rang in this piece of output."""
+        if not self._open and b"\a" not in data and b"\x1b" not in data:
+            return False
+        text = _STRING.sub(b"", self._open + data)
+        unfinished = _STRING_OPEN.search(text)
+        # Of a string that is not finished only its beginning matters, so nothing grows here.
+        self._open = unfinished[0][:2] if unfinished is not None else b""
+        return b"\a" in text
 
 
 class Notifier:

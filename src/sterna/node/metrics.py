@@ -1,4 +1,4 @@
-"""Metrics for Prometheus on a port of their own: read from the node when asked for, so they cost the sessions nothing."""
+"""Metrics for Prometheus on a port of their own: read from the node when asked for, so sessions pay nothing."""
 
 from __future__ import annotations
 
@@ -231,5 +231,5 @@ class MetricsServer:
 def _response(
     status: str, content: bytes, *, kind: str = "text/plain; charset=utf-8", more: str = "", body: bool = True
 ) -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n{more}\r\n"
-    return head.encode("ascii") + (content if body else b"")
+    fields = f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n{more}"
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode("ascii") + (content if body else b"")

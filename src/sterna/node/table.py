@@ -131,7 +131,8 @@ class SessionTable:
         it.
         """
         if row.number in self.journal:
-            # How far an exact reader was is not known any more, and the agent sends one window with each new connection.
+            # How far an exact reader was is not known any more, and the agent sends one window with each new
+            # connection.
             ring = self._ring + _HELD_BYTES if holding else self._ring
             output = self.journal.open(row.number, ring_bytes=ring, spill_bytes=self._spill)
             if output.damaged:

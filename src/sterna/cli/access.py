@@ -1,0 +1,245 @@
+"""`sterna share`, `devices`, `revoke` and `token`: who may come in."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sterna.cli.duration import DURATION
+from sterna.cli.options import node_options
+from sterna.errors import UsageError
+
+if TYPE_CHECKING:
+    from sterna.client.calls import Caller
+
+_ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
+
+
+@click.command()
+@click.argument("session", required=False)
+@click.option("--watch", is_flag=True, help="The link allows looking on, not typing.")
+@click.option("--ttl", type=DURATION, default="10m", show_default=True, help="How long the link can be opened.")
+@click.option("--host", help="Host in the link: how the other device reaches this node.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port in the link (default: the node's).")
+@click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def share(
+    session: str | None, watch: bool, ttl: float, host: str | None, port: int | None, state: str | None, as_json: bool
+) -> None:
+    """Print a link and a QR code that open SESSION on one other device.
+
+    Where no node runs on this machine, --host and --port also say which node is asked.
+    """
+    from sterna.cli.output import print_json
+    from sterna.client.calls import pick
+    from sterna.ids import NodeId, SessionUid
+    from sterna.trust.links import ShareLink
+
+    with _sharing_node(state, host, port) as caller:
+        about = caller.call("node")
+        address = _link_host(host, about["host"])
+        sessions, _agents = caller.listing()
+        chosen = pick(sessions, session) if session is not None else _only(sessions)
+        mode = "watch" if watch else "drive"
+        shared = caller.call("share", session=chosen["uid"], mode=mode, ttl=int(ttl))
+    link = ShareLink(
+        address, port or about["port"], ticket=shared["ticket"], node_id=NodeId(bytes.fromhex(shared["node"])),
+        session=SessionUid(bytes.fromhex(shared["session"])), agent=shared["agent"], mode=mode,
+    )  # fmt: skip
+    if as_json:
+        keys = ("name", "session", "agent", "mode", "expires")
+        print_json(
+            {"link": link.terminal(), "host": link.host, "port": link.session_port, **{k: shared[k] for k in keys}}
+        )
+        return
+    print(link.terminal())
+    if sys.stdout.isatty():
+        from sterna.cli.duration import in_words
+
+        _print_qr(link.terminal())
+        can = "Looks on at" if watch else "Opens"
+        print(f"{can} the session {shared['name']} on the first device that uses it within {in_words(ttl)}.")
+
+
+def _sharing_node(state: str | None, host: str | None, port: int | None) -> Caller:
+    """Returns a connection to this machine's node, or where none runs, to the one at `host`."""
+    from sterna.cli.target import reach
+
+    try:
+        return reach(state=state, host=None, port=None)
+    except UsageError:
+        if host is None:
+            raise
+    return reach(state=state, host=host, port=port)
+
+
+def _link_host(host: str | None, listening: str) -> str:
+    """Returns the host for the link; raises UsageError if another device cannot reach it."""
+    from sterna.trust.links import unreachable_reason
+
+    if host is not None:
+        reason = unreachable_reason(host)
+        if reason is not None:
+            raise UsageError(
+                f"Another device cannot reach {host}: {reason}. Give --host as that device would name this machine."
+            )
+        if listening not in _ANY_ADDRESS and unreachable_reason(listening) is not None:
+            sys.stderr.write(
+                f"sterna: the node itself listens on {listening} only, so the link works if something forwards to it.\n"
+            )
+        return host
+    if listening in _ANY_ADDRESS:
+        found = _own_address()
+        if found is None:
+            raise UsageError("This machine has no address that other devices could reach: give --host.")
+        return found
+    reason = unreachable_reason(listening)
+    if reason is not None:
+        raise UsageError(
+            f"The node listens on {listening}, which another device cannot reach: {reason}. "
+            "Start it with `sterna up --host 0.0.0.0`, or give --host if something forwards to it."
+        )
+    return listening
+
+
+def _own_address() -> str | None:
+    """Returns the address that this machine has towards the rest of the world; nothing is sent (RFC 5737, 3849)."""
+    from sterna.trust.links import unreachable_reason
+
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((target, 9))
+            except OSError:
+                continue
+            address = str(probe.getsockname()[0])
+            if unreachable_reason(address) is None:
+                return address
+    return None
+
+
+def _only(sessions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the session that goes on, if it is one; raises UsageError."""
+    going = [session for session in sessions if session["state"] != "exited"]
+    if len(going) == 1:
+        return going[0]
+    if not going:
+        raise UsageError("There is no session to share: `sterna attach` begins one.")
+    raise UsageError(f"There are several sessions ({', '.join(s['name'] for s in going[:10])}): name one.")
+
+
+def _print_qr(text: str) -> None:
+    """Draws a QR code with half blocks, light on dark whatever the terminal's colours are."""
+    import io
+    import os
+    import shutil
+
+    import segno
+
+    code = segno.make(text, error="l", micro=False)
+    drawing = io.StringIO()
+    code.terminal(drawing, border=2, compact=True)
+    lines = drawing.getvalue().splitlines()
+    if shutil.get_terminal_size().columns < max(map(len, lines)):
+        sys.stderr.write("sterna: this terminal is too narrow for the QR code.\n")
+        return
+    color = "NO_COLOR" not in os.environ
+    for line in lines:
+        print(f"\x1b[97;40m{line}\x1b[0m" if color else line)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@node_options
+def devices(as_json: bool, state: str | None, host: str | None, port: int | None) -> None:
+    """List the devices that have been on this node."""
+    from sterna.cli.output import print_json, print_table, when
+    from sterna.cli.target import reach
+
+    with reach(state=state, host=host, port=port) as caller:
+        found = caller.call("devices")["devices"]
+    if as_json:
+        print_json({"devices": found})
+        return
+    rows = []
+    for device in found:
+        note = "revoked" if device["revoked"] else "this device" if device["self"] else ""
+        rows.append(
+            (
+                device["id"][:16],
+                device["label"],
+                when(device["created"]),
+                when(device["seen"]),
+                device["sessions"],
+                note,
+            )
+        )
+    print_table(("DEVICE", "LABEL", "FIRST SEEN", "LAST SEEN", "SESSIONS", "NOTE"), rows)
+
+
+@click.command()
+@click.argument("device", required=False)
+@click.option(
+    "--token", "token_", metavar="TOKEN", help="Refuse this access token (its id, or all of it) instead of a device."
+)
+@node_options
+def revoke(device: str | None, token_: str | None, state: str | None, host: str | None, port: int | None) -> None:
+    """Refuse DEVICE (its id, or the first 8 digits or more), or an access token, from now on."""
+    from sterna.cli.target import reach
+
+    if (device is None) == (token_ is None):
+        raise UsageError("Name a device (`sterna devices` lists them), or a token with --token.")
+    with reach(state=state, host=host, port=port) as caller:
+        if token_ is not None:
+            print(f"Revoked the token {caller.call('revoke', token=_token_id(token_))['token']}.")
+        else:
+            print(f"Revoked the device {caller.call('revoke', device=device)['device'][:16]}.")
+
+
+@click.command()
+@click.option("--tenant", help="Whose agents it opens (default: yours).")
+@click.option(
+    "--agents", "globs", multiple=True, default=("*",), show_default=True, help="Agents or globs; may be repeated."
+)
+@click.option("--modes", default="drive,watch", show_default=True, help="drive, watch, or both.")
+@click.option("--ttl", type=DURATION, default=0.0, help="How long it is valid (default: for ever).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@node_options
+def token(
+    tenant: str | None, globs: tuple[str, ...], modes: str, ttl: float, as_json: bool, state: str | None, host: str |
+    None, port: int | None,
+) -> None:  # fmt: skip
+    """Issue an access token: what STERNA_TOKEN holds on another machine."""
+    import time
+
+    from sterna.cli.output import print_json
+    from sterna.cli.target import reach
+
+    wanted = [mode.strip() for mode in modes.split(",") if mode.strip()]
+    agents = [glob for word in globs for glob in word.split(",") if glob]
+    with reach(state=state, host=host, port=port) as caller:
+        issued = caller.call("token", tenant=tenant or "", agents=agents, modes=wanted, ttl=int(ttl))["token"]
+    if as_json:
+        expires = int(time.time() + ttl) if ttl else 0
+        print_json({"token": issued, "id": _token_id(issued), "agents": agents, "modes": wanted, "expires": expires})
+    else:
+        print(issued)
+
+
+def _token_id(text: str) -> str:
+    """Returns a signed token's id (docs/protocol.md, section 4); anything else is taken for an id already."""
+    if not text.startswith("st1."):
+        return text
+    import msgspec
+
+    from sterna.limits import TOKEN_MAX_BYTES
+    from sterna.trust import base64url
+
+    payload = base64url.decode(text.split(".")[1], TOKEN_MAX_BYTES)
+    try:
+        return msgspec.msgpack.decode(payload or b"", type=tuple[str, list[str], list[str], int, str, int])[4]
+    except msgspec.DecodeError:
+        raise UsageError("This is no access token: give all of it, or its id.") from None
