@@ -88,14 +88,16 @@ def kill_clients(short: int, least: int, *, broken: str = "", seconds: float = 6
             pipe = duplex.start(duplex.words(rig.port, *duplex.files(), broken=broken), streams=False)
             if kills < least:
                 # Also before it has connected: then the same request comes again.
-                if rng.random() < 0.3:
-                    time.sleep(rng.uniform(0.1, 0.3))
+                if kills < 4:
+                    time.sleep(rng.uniform(0.05, 0.25))
                 else:
                     wait_beyond(duplex, size * kills // (least + 2) + rng.randrange(size // 50), pipe, seconds)
             if kills >= least or pipe.poll() is not None:
                 break
             pipe.kill()
             said += pipe.communicate()[1].decode()
+            if pipe.returncode == 0:
+                break
             kills += 1
         said += duplex.finish(pipe, seconds)
         fault = duplex.fault()

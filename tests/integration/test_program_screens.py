@@ -47,8 +47,8 @@ PROGRAMS: dict[str, tuple[list[str], list[tuple[str, bytes]]]] = {
     "bash": (
         ["bash", "--norc", "-i"],
         [
-            ("$ ", b'printf "%s " {1..200}\n'),
-            (" 200 $ ", b'printf "\\e[31mred\\n"\n'),
+            ("$", b'printf "%s " {1..200}\n'),
+            (" 200 $", b'printf "\\e[31mred\\n"\n'),
             ("\nred\n", b"seq 50\n"),
             ("\n50\n", b"echo unfinished"),
             ("echo unfinished", b""),
@@ -98,18 +98,22 @@ class Tmux:
         """Shows the bytes in a fresh pane; returns all its lines as cells, and its cursor and modes."""
         self.count += 1
         path, done = self.folder / f"bytes-{self.count}", f"done-{self.count}"
-        # The mark is written behind the data, so it is on the screen's title only when all of it has been taken.
         path.write_bytes(data)
         script = f"stty raw -echo; cat {path}; tmux -S {self.folder}/socket wait-for -S {done}; exec sleep 600"
         pane = self.run("new-window", "-P", "-F", "#{pane_id}", "bash", "-c", script).strip()
         self.run("wait-for", done)
-        fields = "cursor_x cursor_y alternate_on mouse_any_flag mouse_sgr_flag keypad_cursor_flag keypad_flag insert_flag"
+        fields = (
+            "cursor_x cursor_y alternate_on mouse_any_flag mouse_sgr_flag keypad_cursor_flag keypad_flag insert_flag"
+        )
         fields += " scroll_region_upper scroll_region_lower origin_flag wrap_flag cursor_flag pane_title pane_tabs"
         style = " ".join(f"{field}=#{{{field}}}" for field in (*fields.split(), "history_size"))
         before = None
         while True:
             # `cat` has ended, but tmux may still be reading: it is done when two looks agree.
-            now = self.run("capture-pane", "-t", pane, "-e", "-p", "-S", "-"), self.run("display", "-t", pane, "-p", style)
+            now = (
+                self.run("capture-pane", "-t", pane, "-e", "-p", "-S", "-"),
+                self.run("display", "-t", pane, "-p", style),
+            )
             if now == before:
                 break
             before = now

@@ -39,7 +39,9 @@ def _fixed(r: random.Random, cols: int, rows: int) -> list[bytes]:
         b"\x1b]2;title %d\x07" % r.randrange(9),
         r.choice([b"\x1b[>5u", b"\x1b[<u", b"\x1b[=3;1u", b"\x1b[>4;2m", b"\x1b[>4m"]),
         r.choice([b"\x1bM", b"\x1bD", b"\x1bE", b"\n", b"\x08", b"\x0b"]),
-        r.choice([b"\x1b]4;%d;#a1b2c3\x07" % r.randrange(256), b"\x1b]10;#123456\x07", b"\x1b]104\x07", b"\x1b]110\x07"]),
+        r.choice(
+            [b"\x1b]4;%d;#a1b2c3\x07" % r.randrange(256), b"\x1b]10;#123456\x07", b"\x1b]104\x07", b"\x1b]110\x07"]
+        ),
         r.choice([b"\x1b[?1000s", b"\x1b[?2004r", b"\x1b[?25s", b"\x1b[?25r", b"\x1b[?7s", b"\x1b[?6s", b"\x1b[?6r"]),
         b"line of text %d\r\n" % r.randrange(99) * r.randint(1, 6),
         r.choice([b"\x1b[6n", b"\x1b[c", b"\x1bP$qm\x1b\\", b"\x1b[?2004$p"]),

@@ -44,8 +44,8 @@ def run(seed: int, *, cut: bool) -> bool:
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut-anywhere"])
 def test_repainted_is_the_same_now_and_later(cut: bool) -> None:
     print("first seed", BASE)
-    compared = sum(run(BASE + number, cut=cut) for number in range(150))
-    assert compared > 100
+    compared = sum(run(BASE + number, cut=cut) for number in range(80))
+    assert compared > 50
 
 
 def test_packing_keeps_everything() -> None:

@@ -62,11 +62,17 @@ class RingLog:
             del self._data[:surplus]
             self.tail += surplus
 
+    def keep_from(self, position: int | None) -> None:
+        check(position is None or position <= self.end, "bytes beyond the log's end were to be kept")
+
     def read(self, position: int, limit: int) -> bytes:
         check(
             self.tail <= position < self.end and limit > 0, f"the log was read at {position} ({self.tail}-{self.end})"
         )
         return bytes(self._data[position - self.tail : position - self.tail + limit])
+
+    def keep_from(self, position: int | None) -> None:
+        check(position is None or position <= self.end, f"{position} is kept, but the log ends at {self.end}")
 
 
 class Wire:

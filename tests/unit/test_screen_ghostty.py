@@ -11,7 +11,9 @@ from sterna.pod.screen_ghostty import GhosttyTerminal
 from sterna.pod.snapshot import MODES
 
 
-def repainted(stream: bytes, later: bytes = b"", cols: int = 20, rows: int = 5) -> tuple[GhosttyTerminal, GhosttyTerminal]:
+def repainted(
+    stream: bytes, later: bytes = b"", cols: int = 20, rows: int = 5
+) -> tuple[GhosttyTerminal, GhosttyTerminal]:
     """Feeds one terminal, another one from its snapshot, and both with what comes later."""
     one, other = GhosttyTerminal(cols, rows, 100), GhosttyTerminal(cols, rows, 100)
     one.feed(stream)
@@ -95,7 +97,9 @@ def test_a_snapshot_cleans_a_terminal_in_any_state() -> None:
     one = GhosttyTerminal(20, 5, 100)
     one.feed(b"clean\r\n$ ")
     dirty = GhosttyTerminal(20, 5, 100)
-    dirty.feed(b"x\r\n" * 30 + b"\x1b[?1049h\x1b[2;3r\x1b[?6h\x1b[4h\x1b(0\x1b[41m\x1b[?1003;1006h\x1b[?7l\x1b]2;unfinis")
+    dirty.feed(
+        b"x\r\n" * 30 + b"\x1b[?1049h\x1b[2;3r\x1b[?6h\x1b[4h\x1b(0\x1b[41m\x1b[?1003;1006h\x1b[?7l\x1b]2;unfinis"
+    )
     dirty.feed(one.snapshot())
     assert dirty.cells(scrollback=True) == one.cells(scrollback=True)
     assert dirty.snapshot() == one.snapshot()

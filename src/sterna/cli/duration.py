@@ -33,8 +33,8 @@ DURATION = Duration()
 
 
 def in_words(seconds: float) -> str:
-    """Returns a length of time in its largest fitting unit: `45 s`, `10 min`, `2 h`, `7 d`."""
+    """Returns a length of time in its largest fitting unit: `0.5 s`, `45 s`, `10 min`, `2 h`, `7 d`."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 1 else "0 s"
+    return f"{seconds:.0f} s" if seconds >= 1 or not round(seconds, 1) else f"{seconds:.1f} s"

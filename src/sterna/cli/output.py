@@ -54,7 +54,7 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
 def when(seconds: int) -> str:
     """Returns a time (Unix seconds): how long ago on a terminal, else in ISO 8601 (UTC)."""
     if sys.stdout.isatty():
-        return in_words(max(time.time() - seconds, 0)) + " ago"
+        return in_words(int(max(time.time() - seconds, 0))) + " ago"
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 

@@ -248,15 +248,15 @@ def _wait_match(view: BlockingSession, pattern: re.Pattern[str], about: dict[str
     seen = _Text()
     screen = _open_screen(about) if about["kind"] == "pty" else None
     data = _catch_up(view, _left(deadline))
-    painted = screen is not None and data.startswith(b"\x18")
+    repainted = view.accept.snapshot
     while True:
         if screen is not None:
             screen.feed(data)
-        if not painted:
+        if not repainted:
             seen.feed(data)
-        painted = False
-        if pattern.search(seen.text):
+        if pattern.search(screen.text() if repainted and screen is not None else seen.text):
             return
+        repainted = False
         try:
             left = _left(deadline)
             data = view.read(timeout=_SETTLE_SECONDS if left is None else min(left, _SETTLE_SECONDS))

@@ -20,7 +20,7 @@ from sterna.client.terminal import Terminal
 from sterna.errors import Code, RefusedError
 from sterna.protocol import client as machine_events
 from sterna.protocol.client import ClientMachine, Event
-from sterna.protocol.messages import Close
+from sterna.protocol.messages import Accept, Close
 
 _IN, _OUT = select.POLLIN, select.POLLOUT
 
@@ -198,9 +198,7 @@ class Attach:
         elif isinstance(event, machine_events.Roomy):
             self._roomy()
         elif isinstance(event, machine_events.Opened):
-            self._name = event.accept.name
-            if self._notifier is not None:
-                self._notifier = Notifier(self._name, os.environ)
+            self._opened(event.accept)
         elif isinstance(event, machine_events.Gap):
             self._lost += event.end - event.start
         elif isinstance(event, machine_events.Uncertain):
@@ -214,6 +212,17 @@ class Attach:
             self._left = "detached"
         elif isinstance(event, machine_events.Failed):
             self._error = event.error
+
+    def _opened(self, accept: Accept) -> None:
+        self._name = accept.name
+        if self._notifier is not None:
+            self._notifier = Notifier(self._name, os.environ)
+        if accept.kind == "pty" and not accept.snapshot:
+            # The session's screen began empty with the cursor at the top, and every terminal on it has to agree on
+            # where things are. What this one shows goes into its scroll-back.
+            _, rows = self._terminal.size()
+            self._queue.append((b"\r\n" * (rows - 1) + b"\x1b[H\x1b[J", accept.output))
+            self._flush(0)
 
     def _output(self, event: machine_events.Output) -> None:
         if self._status.visible:

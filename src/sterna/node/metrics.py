@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,8 @@ from sterna.units import SECOND
 
 if TYPE_CHECKING:
     from sterna.node.app import Node
+
+log = logging.getLogger("sterna.node.metrics")
 
 REQUEST_MAX_BYTES = 4_096
 REQUEST_SECONDS = 5.0
@@ -152,7 +155,7 @@ class MetricsServer:
         self._registry.register(self._collector)
         ProcessCollector(registry=self._registry)
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self._open: set[asyncio.Task[None]] = set()
         self._lag = 0.0
         self._loop = asyncio.get_running_loop()
         self._due = self._loop.time() + _LAG_EVERY_SECONDS
@@ -167,6 +170,7 @@ class MetricsServer:
             raise UsageError(f"Metrics: {str(error).replace('--port', '--metrics-port')}") from None
         server = cls(node, StoredSessions(node.store.path))
         server._server = await asyncio.start_server(server._serve, sock=sock, limit=REQUEST_MAX_BYTES)
+        log.info("metrics served", extra={"host": host, "port": server.port})
         return server
 
     @property
@@ -191,16 +195,19 @@ class MetricsServer:
         return generate_latest(self._registry)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         try:
-            if self._open <= CONNECTIONS_MAX:
+            if len(self._open) <= CONNECTIONS_MAX:
                 async with asyncio.timeout(REQUEST_SECONDS):
                     writer.write(await self._answer(reader))
                     await writer.drain()
-        except (TimeoutError, OSError):
+        except (TimeoutError, OSError, asyncio.CancelledError):
+            # Cancelled by `close`: the task ends here, and asyncio would report a cancelled one as a failure.
             pass
         finally:
-            self._open -= 1
+            self._open.discard(task)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:
@@ -221,11 +228,11 @@ class MetricsServer:
     async def close(self) -> None:
         """Stops."""
         self._timer.cancel()
+        for task in self._open:
+            task.cancel()
         if self._server is not None:
             self._server.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    await self._server.wait_closed()
+            await self._server.wait_closed()
 
 
 def _response(

@@ -44,6 +44,9 @@ class OutputLog(Protocol):
     def read(self, position: int, limit: int) -> bytes:
         """Returns at most `limit` bytes from `position`."""
 
+    def keep_from(self, position: int | None) -> None:
+        """Says from where on output is unread, so that it may outgrow the ring as far as the log allows."""
+
 
 class PodPort(Protocol):
     """One session's place on a connection to its pod."""
@@ -161,6 +164,7 @@ class Session:
         self.holding = False
         self.spare: Callable[[OutputLog], OutputLog] | None = None
         self.read_to = log.tail
+        log.keep_from(self.read_to)
         self.intake = Intake(log.end)
         self.lanes: dict[AttachmentId, Lane] = {}
         self.lanes_known = False
@@ -475,7 +479,7 @@ class Session:
 
     def _forget(self, attachment: Attachment) -> None:
         attachment.session = None
-        self.read_to = max(self.read_to, attachment.acked)
+        self._note_read(attachment)
         if attachment.lane is not None and attachment.lane.attachment is attachment:
             attachment.lane.attachment = None
         for token in [t for t, waiting in self._captures.items() if waiting is attachment]:
@@ -553,9 +557,16 @@ class Session:
         attachment.acked = position
         attachment.progress = now
         attachment.laggard = False
+        self._note_read(attachment)
         if attachment.cursor < self.log.end:
             self.push(attachment, now)
         self.pace(now)
+
+    def _note_read(self, attachment: Attachment) -> None:
+        """Notes how far the session was read by who may drive it; what nobody has read may spill over the ring."""
+        if attachment.mode == "drive" and attachment.acked > self.read_to:
+            self.read_to = attachment.acked
+            self.log.keep_from(self.read_to)
 
     def client_resize(self, attachment: Attachment, cols: int, rows: int) -> None:
         """Notes a terminal's size; the last typist's is the program's."""
