@@ -1,6 +1,6 @@
 """Sterna hosts agent and terminal sessions that survive everything.
 
-The names in `__all__` are the library's interface; each is imported when it is first used, so `import sterna` costs nothing.
+The names in `__all__` are the library's interface; each is imported when it is first used: `import sterna` is cheap.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
     "Session",
     "SternaError",
     "StorageError",
-    "TrustError",
     "Trouble",
+    "TrustError",
     "Uncertain",
     "UsageError",
     "__version__",
@@ -55,15 +55,17 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker shall know the names above and no others
 
-    for module, names in _HOMES.items():
-        if name in names:
-            value: object = getattr(import_module(module), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module 'sterna' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for module, names in _HOMES.items():
+            if name in names:
+                value: object = getattr(import_module(module), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module 'sterna' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -106,6 +106,22 @@ class StorageError(SternaError):
     code = Code.STORAGE
 
 
+class PositionError(StorageError, ValueError):
+    """A position outside a log was asked for.
+
+    `start` and `end` name the bytes that cannot be had; both are the log's end where the position lies beyond it.
+    """
+
+    def __init__(self, message: str, start: int, end: int) -> None:
+        super().__init__(message)
+        self.start = start
+        self.end = end
+
+
+class LostBytesError(PositionError):
+    """The bytes from `start` to before `end` are gone, overwritten or damaged; reading goes on at `end`."""
+
+
 class AgentError(SternaError):
     """An agent could not be started or reached."""
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from sterna.journal.log import Log
 from sterna.node.config import NodeConfig
+from sterna.protocol.attachment import Attachment
 from sterna.protocol.frame import Type
-from sterna.protocol.session import Attachment, Session
+from sterna.protocol.session import Session
 from sterna.transport.pump import Pump
 
 _ACK = int(Type.ACK)
@@ -51,8 +52,9 @@ def _nothing(*_args: object) -> None:
 
 
 def die_at(point: str, count: int) -> None:
-    """Arms one point: `append` before output is journalled, `journalled` right after, `write` before bytes leave for a
-    client or pod, `acknowledged` after what the journal got was acknowledged to the pod but not yet sent.
+    """Arms one point: `append` before output is journalled, `journalled` right after; `write` before bytes leave for
+    clients or pods (after the journal, before the acknowledgement), `written` right after; `input` after input was
+    passed on.
     """
     tick = Countdown(count)
     if point == "append":

@@ -138,7 +138,13 @@ def node_notes(rig: Rig) -> Path:
 
 def start_node(rig: Rig, *, die: str = "", broken: str = "") -> Daemon:
     """Starts the node by `exact_node.py` instead of `sterna up`; returns once it listens, or died as told."""
-    words = [sys.executable, os.fspath(HERE / "exact_node.py"), os.fspath(rig.state), os.fspath(rig.sockets), str(rig.port)]
+    words = [
+        sys.executable,
+        os.fspath(HERE / "exact_node.py"),
+        os.fspath(rig.state),
+        os.fspath(rig.sockets),
+        str(rig.port),
+    ]
     env = {**rig.env, "EXACT_NODE_NOTES": os.fspath(node_notes(rig)), "EXACT_DIE": die, "EXACT_BREAK": broken}
     node = rig.node = Daemon(words, env, rig.directory / "node.log")
     wait_for(lambda: node.first_line() or not node.running, name="the node")

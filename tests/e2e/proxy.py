@@ -114,7 +114,8 @@ class CutProxy:
         """Does something bad after random times within `every` (seconds), until `calm`; `seed` decides all.
 
         "reset" and "close" cut all connections, "freeze" makes those that are there silent for ever, "stall" stops
-        everything for up to half a second, "delay" changes the delay, "refuse" refuses for up to half a second.
+        everything for up to half a second, "delay" changes the delay, "refuse" refuses for up to half a second. The next
+        thing comes after that is over: in between the network works.
         """
         rng = random.Random(seed)
         self._chaos += 1
@@ -125,20 +126,25 @@ class CutProxy:
                 return
             what = rng.choice(list(actions))
             pause = rng.uniform(0.05, 0.5)
+            busy = 0.0
             if what in ("reset", "close"):
                 self._cut_all(what == "reset")
             elif what == "freeze":
                 for pair in self._pairs:
                     pair.frozen = True
-            elif what == "stall":
-                self._frozen = True
-                self._later(pause, self._unstall)
             elif what == "delay":
                 self.delay = pause / 10
+            elif what == "stall":
+                busy = pause
+                self._frozen = True
+                self._later(busy, self._unstall)
             elif what == "refuse":
+                busy = pause
                 self._unlisten()
-                self._later(pause, self._listen)
-            self._later(rng.uniform(*every), act)
+                self._later(busy, self._listen)
+            else:
+                raise AssertionError(f"the proxy knows nothing about {what!r}")
+            self._later(busy + rng.uniform(*every), act)
 
         self._do(lambda: self._later(rng.uniform(*every), act))
 

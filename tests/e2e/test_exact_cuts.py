@@ -12,7 +12,9 @@ from tests.e2e.rig import Rig
 CUTS = 110
 
 
-def run(short: int, *, broken: str = "", broken_node: str = "", seconds: float = 600.0) -> tuple[str, int, tuple[int, int]]:
+def run(
+    short: int, *, broken: str = "", broken_node: str = "", seconds: float = 600.0
+) -> tuple[str, int, tuple[int, int]]:
     seed, size = new_seed(), size_of(short)
     with Rig() as rig:
         duplex = Duplex(rig, seed, size)

@@ -22,7 +22,8 @@ with atheris.instrument_imports(include=["sterna"]):
     from sterna.protocol.client import ClientMachine, Dial, Output
     from sterna.protocol.frame import LOW, PAYLOAD_LIMITS_BYTES, Type, encode
     from sterna.protocol.link import Link
-    from sterna.protocol.session import Attachment, Lane, Session
+    from sterna.protocol.attachment import Attachment, Lane
+    from sterna.protocol.session import Session
     from sterna.protocol.states import State
 
 UID = SessionUid(b"U" * 16)

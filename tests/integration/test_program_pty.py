@@ -77,10 +77,8 @@ def test_size_is_bounded() -> None:
 
 def test_signals_go_to_the_foreground_group() -> None:
     with started("bash", "--norc", "-i") as driver:
-        driver.write(b"sleep 1000; echo status $?\n")
-        end = time.monotonic() + 10
-        while os.tcgetpgrp(driver.program.read_fd) == driver.program.pid and time.monotonic() < end:
-            driver.read_some(0.02)
+        driver.write(b"bash -c 'echo re\"\"ady; exec sleep 1000'\n")
+        driver.read_until(b"ready")
         assert os.tcgetpgrp(driver.program.read_fd) != driver.program.pid, "sleep is in the foreground"
         assert driver.program.signal("SIGINT")
         driver.write(b"echo still=here\n")

@@ -62,9 +62,6 @@ class RingLog:
             del self._data[:surplus]
             self.tail += surplus
 
-    def keep_from(self, position: int | None) -> None:
-        check(position is None or position <= self.end, "bytes beyond the log's end were to be kept")
-
     def read(self, position: int, limit: int) -> bytes:
         check(
             self.tail <= position < self.end and limit > 0, f"the log was read at {position} ({self.tail}-{self.end})"

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from sterna import limits
 from sterna.ids import DeviceId
 from sterna.protocol import messages, podside
+from sterna.protocol.attachment import Attachment, Lane
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.podside import PodSession
-from sterna.protocol.session import Attachment, Lane, Session
+from sterna.protocol.session import Session
 from sterna.protocol.states import State
 from sterna.protocol.stream import Intake, SendStream
 from tests.simulation.session_client import Client

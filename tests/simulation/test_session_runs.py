@@ -10,10 +10,11 @@ import pytest
 from sterna import limits
 from sterna.errors import ProtocolError
 from sterna.protocol import messages, podside
+from sterna.protocol.attachment import Attachment
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.podside import Input, PodMachine, PodSession
-from sterna.protocol.session import Attachment, Session
+from sterna.protocol.session import Session
 from sterna.protocol.stream import Intake, SendStream
 from tests.simulation.session_parts import Config, ViolationError
 from tests.simulation.session_steps import run
@@ -100,8 +101,8 @@ class SkipsReplay(Session):
 class SilentGap(Session):
     """Does not name what the ring has overwritten."""
 
-    def _gap(self, attachment: Attachment, now: int) -> None:
-        attachment.cursor = attachment.acked = self.log.tail
+    def _gap(self, attachment: Attachment, now: int, position: int) -> None:
+        attachment.cursor = attachment.acked = position
 
 
 class NoWindow(Session):

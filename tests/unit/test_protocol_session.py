@@ -9,11 +9,12 @@ from sterna.errors import Code, ProtocolError, StorageError
 from sterna.ids import AttachmentId, DeviceId, SessionUid
 from sterna.journal.memory import MemoryLog
 from sterna.protocol import messages
+from sterna.protocol.attachment import Attachment, Lane
 from sterna.protocol.codec import Decoder, Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.messages import LaneState, Lost
-from sterna.protocol.session import Attachment, Lane, Session
+from sterna.protocol.session import Session
 from sterna.protocol.states import TRANSITIONS, Cause, State, step
 
 NOW = 5_000_000_000

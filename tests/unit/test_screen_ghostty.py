@@ -155,7 +155,7 @@ def test_titles_lose_control_characters_in_a_snapshot() -> None:
 def test_terminals_in_several_threads_keep_their_answers_apart() -> None:
     def ask(rows: int) -> set[bytes]:
         terminal = GhosttyTerminal(20, rows)
-        return {terminal.feed(b"x" * 50_000 + b"\x1b[18t") for _ in range(50)}
+        return {terminal.feed(b"x" * 50_000 + b"\x1b[18t") for _ in range(300)}
 
     with ThreadPoolExecutor(4) as pool:
         for rows, answers in zip(range(5, 9), pool.map(ask, range(5, 9)), strict=True):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from sterna import __version__
 from sterna.errors import SternaError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "attach": ("attach", "A terminal on a session; it survives any loss of the network."),
@@ -54,7 +57,17 @@ class LazyGroup(click.Group):
         if found is None:
             return None
         command: click.Command = getattr(import_module(f"sterna.cli.{found[0]}"), cmd_name)
+        if "_STERNA_COMPLETE" in os.environ:
+            from sterna.cli.completion import add_names
+
+            add_names(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Returns the commands and options that begin so, without importing commands."""
+        from sterna.cli.completion import complete_commands
+
+        return complete_commands(COMMANDS, incomplete) + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""

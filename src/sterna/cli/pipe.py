@@ -26,11 +26,17 @@ def pipe(
     """
     from sterna.cli.target import choose
     from sterna.client import pipe as client
+    from sterna.client.endpoint import find
+    from sterna.trust.links import is_link
 
-    endpoint, wish = choose(target, name=name, fresh=fresh, state=state, host=host, port=port)
-    options = client.PipeOptions()
+    link = target if target is not None and is_link(target) else None
+    options = client.PipeOptions(f"{target or ''} {name or ''} {fresh}")
     options.state = state
     options.source = source
     options.target = sink
     options.output = output
-    return client.pipe(endpoint, wish, options)
+    return client.pipe(
+        options,
+        lambda: choose(target, name=name, fresh=fresh, state=state, host=host, port=port),
+        lambda: find(state=state, link=link) if link is not None else find(state=state, host=host, port=port),
+    )

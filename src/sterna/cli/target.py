@@ -31,8 +31,8 @@ def choose(
 ) -> tuple[Endpoint, Wish]:
     """Returns the node and the wish for `attach` and its kin; raises SternaError with what to do.
 
-    A target is a share link, an agent's name (its latest session) or a session's. Without target and name, and with
-    several sessions that go on, the user picks one if `interactive` (by default: on a terminal).
+    A target is a share link, `user@host` for ssh, an agent's name (its latest session) or a session's. Without target
+    and name, and with several sessions that go on, the user picks one if `interactive` (by default: on a terminal).
     """
     if target is not None and is_link(target):
         if name is not None or fresh:
@@ -40,7 +40,12 @@ def choose(
         return find(state=state, link=target), Wish("join")
     if name is not None and fresh:
         raise UsageError("Choose either --name, which finds or makes a session, or --new.")
-    endpoint = find(state=state, host=host, port=port)
+    if target is not None and ("@" in target or target.startswith("ssh://")):
+        from sterna.cli import ssh
+
+        endpoint, target = ssh.reach(target, state=state, port=port)
+    else:
+        endpoint = find(state=state, host=host, port=port)
     if target is not None and (name is not None or fresh):
         return endpoint, Wish("new" if fresh else "named", agent=target, name=name)
     from sterna.client.calls import Caller

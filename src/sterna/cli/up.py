@@ -81,8 +81,12 @@ def _answers(path: str) -> bool:
 
 def _announce(about: object, base: str, agent: str, as_json: bool) -> None:
     from sterna.cli.serve import Ready
+    from sterna.cli.service import logout_hint
 
     assert isinstance(about, Ready)
+    hint = logout_hint()
+    if hint is not None:
+        print(hint, file=sys.stderr, flush=True)
     if as_json:
         text = json.dumps(
             {

@@ -129,7 +129,8 @@ class Caller:
             sock.connect(target)
             if self.endpoint.context is None:
                 return sock
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock = self.endpoint.context.wrap_socket(sock)
         except ssl.SSLCertVerificationError:
             sock.close()

@@ -24,6 +24,7 @@ from sterna.protocol.messages import Accept, Close, Resumed
 from sterna.units import SECOND
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 _IN, _OUT = select.POLLIN, select.POLLOUT
@@ -37,11 +38,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class PipeOptions:
-    """What the user chose for `pipe`: files instead of the standard streams, and from which output position on."""
+    """What the user chose for `pipe`: files instead of the standard streams, and from which output position on.
 
-    __slots__ = ("output", "source", "state", "target")
+    `asked` are the words for the session, by which a transfer between files is known again.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("asked", "output", "source", "state", "target")
+
+    def __init__(self, asked: str) -> None:
+        self.asked = asked
         self.state: str | None = None
         self.source: str | None = None
         self.target: str | None = None
@@ -178,6 +183,8 @@ class Pipe:
                 self._go()
             if self._close is not None and self._error is None:
                 self._confirm()
+            elif self._leaving is not None and self._transfer is None:
+                self._say_where()
         finally:
             driver.close()
             for number, handler in handlers:
@@ -252,8 +259,6 @@ class Pipe:
         owed = machine.input.end > machine.input.base
         if not owed or machine.active is None or now >= self._leave_by:
             self._leave_by = 0
-            if owed and self._transfer is None:
-                self._name_uncertain()
             machine.suspend(now)
 
     # ---- input -------------------------------------------------------------------------------------------------
@@ -418,6 +423,13 @@ class Pipe:
 
     # ---- what is reported --------------------------------------------------------------------------------------
 
+    def _say_where(self) -> None:
+        """Tells where another pipe has to go on; input that was not acknowledged in time is named apart."""
+        taken, written = self._machine.input.base, self._machine.intake.handled
+        if self._leaving != 1 and self._ready:
+            self._say(f"The session goes on: {taken} bytes of input were taken, --from-output {written} goes on.")
+        self._name_uncertain()
+
     def _say(self, line: str) -> None:
         if line not in self._lines:
             self._lines.append(line)
@@ -451,26 +463,26 @@ def _noted(_number: int, _frame: FrameType | None) -> None:
     """Lets the signal be read from the wake-up descriptor."""
 
 
-def pipe(endpoint: Endpoint, wish: Wish, options: PipeOptions) -> int:
+def pipe(options: PipeOptions, begin: Callable[[], tuple[Endpoint, Wish]], again: Callable[[], Endpoint]) -> int:
     """Connects two descriptors to a session; returns the program's exit status, 1 after a gap, 128 + a signal's number.
 
-    With a regular file on both sides a killed process's transfer goes on. Raises SternaError when it cannot go on.
+    `begin` says which node and session is meant; with regular files on both sides a killed process's transfer goes on,
+    at the node that `again` returns. Raises SternaError when it cannot begin or go on.
     """
-    transfer = None
-    source, target = 0, 1
     if options.source is not None and options.target is not None and _regular(options.source, options.target):
-        transfer = Transfer(
-            options.source, options.target, node=endpoint.node_id, agent=wish.agent, name=wish.name or ""
-        )
-        source, target = transfer.source, transfer.target
-        if transfer.record.status is not None:
+        transfer = Transfer(options.source, options.target, options.asked)
+        record = transfer.record
+        if record.status is not None:
             transfer.forget()
-            return transfer.record.status
-        transfer.store()
+            return record.status
+        endpoint, wish = (again(), Wish("join")) if record.uid else begin()
+        transfer.bind(endpoint.node_id)
+        run = Pipe(endpoint, wish, options, transfer.source, transfer.target, transfer)
     else:
+        endpoint, wish = begin()
         source = open_source(options.source) if options.source is not None else 0
         target = open_target(options.target) if options.target is not None else 1
-    run = Pipe(endpoint, wish, options, source, target, transfer)
+        run = Pipe(endpoint, wish, options, source, target, None)
     try:
         return run.run()
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from hashlib import sha256
 
 import msgspec
 
@@ -20,19 +21,18 @@ _RECORD_MAX_BYTES = 65_536
 
 
 class Record(msgspec.Struct, omit_defaults=True):
-    """Who transfers what: `node` (id), `agent` and `name` as asked for, `source` (path of the input file).
+    """Who transfers what: `asked` (hash of the words for the session), `source` (path of the input file), `node` (id).
 
     `request` and `attachment` are chosen before the first byte goes out; `uid` to `input` are as in `Saved`. `base` is
     the output position of the file's first byte, `eof` the input position of the end mark once it was sent, `status`
     the exit status once everything was written.
     """
 
-    node: bytes
-    agent: str
-    name: str
+    asked: bytes
     source: str
     request: bytes
     attachment: bytes
+    node: bytes = b""
     uid: bytes = b""
     log: int = 0
     epoch: int = 1
@@ -45,12 +45,12 @@ class Record(msgspec.Struct, omit_defaults=True):
 class Transfer:
     """The two open files of an exact transfer and its record; `source` and `target` are descriptors.
 
-    Raises UsageError or StorageError when the files cannot be used for this.
+    `asked` are the user's words for the session. Raises UsageError or StorageError when the files cannot be used.
     """
 
-    __slots__ = ("_path", "_target_path", "found", "record", "source", "target")
+    __slots__ = ("_path", "_target_path", "record", "source", "target")
 
-    def __init__(self, source: str, target: str, *, node: bytes, agent: str, name: str) -> None:
+    def __init__(self, source: str, target: str, asked: str) -> None:
         self._target_path = target
         directory, base = os.path.split(os.path.realpath(target))
         self._path = os.path.join(directory, f".{base}.sterna")
@@ -59,8 +59,9 @@ class Transfer:
             self.target = _open_target(target)
             try:
                 self._check(source, target)
-                self.record = Record(node, agent, name, os.path.realpath(source), os.urandom(16), os.urandom(16))
-                self.found = self._load()
+                digest = sha256(asked.encode()).digest()  # a share link in it is a secret
+                self.record = Record(digest, os.path.realpath(source), os.urandom(16), os.urandom(16))
+                self._load()
             except BaseException:
                 os.close(self.target)
                 raise
@@ -79,25 +80,31 @@ class Transfer:
         except OSError:
             raise UsageError(f"Another process is writing to {target}.") from None
 
-    def _load(self) -> bool:
-        """Takes up the record of an earlier process; returns whether there is one."""
+    def _load(self) -> None:
+        """Takes up the record of an earlier process, if there is one."""
         raw = read_private(self._path, _RECORD_MAX_BYTES)
         if raw is None:
             if self.size:
                 raise UsageError(f"{self._target_path} is not empty and no transfer into it was begun: remove it.")
-            return False
+            return
         try:
             old = msgspec.msgpack.decode(raw, type=Record)
         except msgspec.DecodeError:
             raise StorageError(f"{self._path} is damaged: remove it and the output file to begin anew.") from None
         new = self.record
-        if (old.node, old.agent, old.name, old.source) != (new.node, new.agent, new.name, new.source):
+        if (old.asked, old.source) != (new.asked, new.source):
             raise UsageError(
-                f"{self._target_path} belongs to a transfer from {old.source} with agent {old.agent!r}: "
-                f"give the same options, or remove it and {self._path}."
+                f"{self._target_path} belongs to another transfer, from {old.source}: give the same options as then, "
+                f"or remove it and {self._path}."
             )
         self.record = old
-        return True
+
+    def bind(self, node: bytes) -> None:
+        """Notes before the first byte which node it is (its id); UsageError if it was begun at another one."""
+        if self.record.node not in (b"", node):
+            raise UsageError(f"The transfer into {self._target_path} was begun at another node: go on there.")
+        self.record.node = node
+        self.store()
 
     @property
     def size(self) -> int:

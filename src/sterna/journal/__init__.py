@@ -1,6 +1,7 @@
 """The journal: output of sessions held durably in a few large files (docs/protocol.md, section 3)."""
 
-from sterna.journal.interface import JournalFullError, LostBytesError, OutputLog, PositionError
+from sterna.errors import LostBytesError, PositionError
+from sterna.journal.interface import JournalFullError, OutputLog
 from sterna.journal.journal import Journal
 from sterna.journal.log import Log
 from sterna.journal.memory import MemoryJournal, MemoryLog

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sterna.errors import StorageError
+from sterna.errors import LostBytesError, PositionError, StorageError
 
 
 class JournalFullError(StorageError):
     """There is no room for more output: the disk is full or the journal's quota is used up."""
-
-
-class PositionError(StorageError, ValueError):
-    """A position outside the log was asked for.
-
-    `start` and `end` name the bytes that cannot be had; both are the log's end where the position lies beyond it.
-    """
-
-    def __init__(self, message: str, start: int, end: int) -> None:
-        super().__init__(message)
-        self.start = start
-        self.end = end
-
-
-class LostBytesError(PositionError):
-    """The bytes from `start` to before `end` are gone, overwritten or damaged; reading goes on at `end`."""
 
 
 class OutputLog(Protocol):

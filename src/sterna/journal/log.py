@@ -10,10 +10,10 @@ from zlib import crc32 as entry_crc
 
 from fastcrc.crc32 import iso_hdlc as data_crc
 
-from sterna.errors import StorageError
+from sterna.errors import LostBytesError, StorageError
 from sterna.journal.chunks import Chunk, Loaded, entry_prefix, give_chunk, tail_offset
 from sterna.journal.format import CLASS_PAGES, TAIL, TAIL_BYTES, TAIL_SUM
-from sterna.journal.interface import JournalFullError, LostBytesError, check_position, keep_floor
+from sterna.journal.interface import JournalFullError, check_position, keep_floor
 from sterna.journal.space import Space
 from sterna.limits import PAGE_BYTES, POSITION_MAX
 

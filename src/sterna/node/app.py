@@ -196,6 +196,9 @@ class Node:
         for connection in list(self._unproved):
             if connection.since > deadline:
                 break
+            if connection.pump.handshaking or connection.link.closing:
+                connection.pump.abort("no valid CONNECT or RESUME in time")
+                continue
             connection.link.fail(Code.TIMEOUT, "No valid CONNECT or RESUME came in time.")
             connection.pump.flush()
 

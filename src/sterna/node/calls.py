@@ -287,6 +287,10 @@ class Calls:
                 for attachment in list(session.attachments.values()):
                     if attachment.device == device:
                         session.drop(attachment, Code.REVOKED, "This device was revoked.", now)
+        for connection in self._node.connections:
+            caller = connection.visitor
+            if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):
+                connection.visitor = None  # no more CALLs
         return {"device": device.hex()}
 
     def _token(self, visitor: Visitor, request: _Token) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_lab
 from sterna.node.doorkeeper import Visitor
 from sterna.node.store import SessionRow
 from sterna.protocol import messages
+from sterna.protocol.attachment import Attachment
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
-from sterna.protocol.session import Attachment, Session
+from sterna.protocol.session import Session
 from sterna.protocol.states import State
 from sterna.transport.pump import Pump
 
@@ -29,6 +30,7 @@ log = logging.getLogger("sterna.node.clients")
 
 _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), int(Type.EOF)
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
+_RETRY_SECONDS = 0.2
 
 
 class ClientConnection:
@@ -64,6 +66,8 @@ class ClientConnection:
         link = self.link
         try:
             for frame in link.receive(data):
+                if link.closing:
+                    break  # what comes behind a refusal does not count
                 attachment = self.attachments.get(frame[1])
                 if attachment is not None:
                     self._attached(attachment, frame, now)
@@ -72,6 +76,8 @@ class ClientConnection:
         except ProtocolError as error:
             link.fail(error.code, f"{error}.")
         link.check()
+        if link.blocked and not self.proved:
+            self.pump.abort("a stranger does not read what it is answered")
 
     def drained(self, pump: Pump) -> None:
         """Goes on with bulk data."""
@@ -231,6 +237,8 @@ class ClientConnection:
         """
         store, wall = self.node.store, SYSTEM_CLOCK.wall()
         known = store.find_request(visitor.device, body.request, wall)
+        if known is not None and known.attachment != attachment_id:
+            raise RefusedError(Code.BAD_REQUEST, "This request was made for another attachment: use a new one.")
         row, created = (store.session(known.session), False) if known is not None else self._find(visitor, body)
         if row is None or not self._allowed(visitor, row, body.mode):
             raise RefusedError(Code.NOT_FOUND, "There is no such session.")
@@ -274,7 +282,8 @@ class ClientConnection:
         """Returns the session that a CONNECT means, made if it asks for that."""
         store = self.node.store
         if visitor.session is not None:
-            return store.session(visitor.session), False
+            row = store.session(visitor.session)
+            return row if row is None or body.uid in (None, row.uid) else None, False
         if body.want == "join":
             row = store.session_by_uid(SessionUid(body.uid or b"")) if body.uid else None
             if row is None and body.name:
@@ -349,10 +358,13 @@ class ClientConnection:
         attachment.answers = not exact and bool(body.cols)
         self.pending += 1
 
-        def ready(_reason: str) -> None:
-            # Without its agent the session still shows what it has, and says that it ended.
+        def ready(reason: str) -> None:
             self.pending -= 1
             if self.pump.closed:
+                return
+            if reason and session.ended is None:
+                # Only the agent knows how much input it has handled.
+                self.link.refuse(handle, Code.BUSY, reason, retry_after=_RETRY_SECONDS)
                 return
             if session.state is State.CLOSED:
                 self.link.refuse(handle, Code.ENDED, "This session was closed.")

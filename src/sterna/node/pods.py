@@ -18,10 +18,11 @@ from sterna.errors import Code, ProtocolError
 from sterna.ids import split_socket_name
 from sterna.node.table import SessionTable
 from sterna.protocol import messages
+from sterna.protocol.attachment import Lane
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
-from sterna.protocol.session import Lane, Session
+from sterna.protocol.session import Session
 from sterna.transport.listen import peer_uid
 from sterna.transport.pump import Pump, Reactor
 from sterna.transport.ticker import Ticker

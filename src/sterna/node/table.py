@@ -15,13 +15,14 @@ from sterna.journal.journal import Journal
 from sterna.journal.memory import MemoryLog
 from sterna.node.store import SessionRow, Store
 from sterna.protocol import messages
+from sterna.protocol.attachment import Ended, Lane, PodPort
 from sterna.protocol.messages import LaneState
-from sterna.protocol.session import Ended, Lane, PodPort, Session
+from sterna.protocol.session import Session
 from sterna.protocol.states import Cause, State
 from sterna.units import SECOND
 
 if TYPE_CHECKING:
-    from sterna.protocol.session import OutputLog as CoreLog
+    from sterna.protocol.attachment import OutputLog as CoreLog
 
 log = logging.getLogger("sterna.node.sessions")
 

@@ -31,8 +31,8 @@ class ProgramRunner:
     """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
 
     __slots__ = (
-        "_behind", "_deadline", "_idle", "_line_start", "_loop", "_program", "_quiet", "_reading", "_screen",
-        "_server", "_session", "_status", "_waiting", "_writing",
+        "_behind", "_deadline", "_drawing", "_eof", "_idle", "_line_start", "_loop", "_over", "_program", "_quiet",
+        "_reading", "_screen", "_server", "_session", "_status", "_waiting", "_writing",
     )  # fmt: skip
 
     def __init__(self, server: PodServer, session: PodSession, program: Program, screen: LazyScreen | None) -> None:
@@ -44,6 +44,8 @@ class ProgramRunner:
         self._waiting: deque[Input] = deque()
         self._writing = False
         self._behind = False
+        self._drawing = 0
+        self._eof = self._over = False
         self._reading = False
         self._line_start = True
         self._status: ExitStatus | None = None
@@ -56,7 +58,7 @@ class ProgramRunner:
     # ---- output ------------------------------------------------------------------------------------------------
 
     def _read_on(self) -> None:
-        if not self._reading and self._program.read_fd >= 0:
+        if not (self._reading or self._drawing or self._eof) and self._program.read_fd >= 0:
             self._reading = True
             self._loop.add_reader(self._program.read_fd, self._readable)
 
@@ -70,6 +72,8 @@ class ProgramRunner:
 
     def _read(self) -> None:
         """Reads what the program wrote, many small pieces into one frame, never more than there is room for."""
+        if not self._reading:
+            return
         session = self._session
         room = min(session.out.room, _BATCH_BYTES)
         if room <= 0:
@@ -95,6 +99,7 @@ class ProgramRunner:
         if size:
             self._emit(bytes(view[:size]))
         if ended:
+            self._eof = True
             self._read_off()
             self._drained()
         elif self._status is not None:
@@ -143,9 +148,8 @@ class ProgramRunner:
 
     def roomy(self) -> None:
         """Reads again: the node has taken output."""
-        if self._status is None or self._program.read_fd >= 0:
-            self._read_on()
-            self._read()
+        self._read_on()
+        self._read()
 
     # ---- input -------------------------------------------------------------------------------------------------
 
@@ -232,9 +236,22 @@ class ProgramRunner:
             self._screen.replies()
 
     def capture(self, token: int, scrollback: bool) -> None:
-        """Sends what repaints the screen at the end of the output so far."""
-        data = b"" if self._screen is None else self._screen.snapshot(scrollback)
-        self._session.send_snapshot(token, self._session.out.end, compress(data), True)
+        """Sends what repaints the screen at the end of the output so far; the program waits until that is drawn."""
+        screen = self._screen
+        if screen is None:
+            self._session.send_snapshot(token, self._session.out.end, b"", False)
+            return
+        drawn: list[bytes] = []
+        self._drawing += 1
+        self._read_off()
+
+        def done() -> None:
+            self._drawing -= 1
+            self._session.send_snapshot(token, self._session.out.end, drawn[0] if drawn else b"", bool(drawn))
+            if not self._drawing and not self._session.starved:
+                self._read_on()
+
+        self._server.beside(lambda: drawn.append(compress(screen.snapshot(scrollback))), done)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -248,7 +265,7 @@ class ProgramRunner:
         self._loop.remove_reader(self._program.pidfd)
         self._status = status
         self._deadline = self._loop.time() + DRAIN_MAX_SECONDS
-        if self._program.read_fd < 0 or (not self._reading and not self._session.starved):
+        if self._eof:
             self._drained()
         else:
             self._wait_quiet()
@@ -261,29 +278,38 @@ class ProgramRunner:
         self._quiet = self._loop.call_later(left, self._quiet_now)
 
     def _quiet_now(self) -> None:
-        if self._session.starved:
+        if not self._reading:
+            # Not the program is quiet but we do not listen: the node, or our own screen, has to catch up first.
             self._deadline = self._loop.time() + DRAIN_MAX_SECONDS
             self._wait_quiet()
             return
         self._server.reactor.run(self._drained)
 
     def _drained(self) -> None:
-        """Ends the session's output once the program has ended too."""
-        if self._status is None or self._session.exit is not None:
+        """Ends the session's output once the program has ended too; its last screen is drawn first."""
+        if self._status is None or self._over:
             return
+        self._over = True
         self._stop_watching()
         self._write_off()
         self._waiting.clear()
         self._program.close()
-        final = b""
-        if self._screen is not None and self._session.out.end:
-            final = compress(self._screen.snapshot(True))
-            if len(final) > limits.FINAL_MAX_BYTES:
-                final = compress(self._screen.snapshot(False))
-            self._screen = None
+        screen = self._screen
+        if screen is None or not self._session.out.end:
+            self._finish(b"")
+            return
+        drawn: list[bytes] = []
+        self._server.beside(
+            lambda: drawn.append(_last_screen(screen)), lambda: self._finish(drawn[0] if drawn else b"")
+        )
+
+    def _finish(self, final: bytes) -> None:
+        status = self._status
+        assert status is not None
+        self._screen = None
         now = self._server.now()
         self._server.machine.acknowledge_due(self._session, now, True)
-        self._session.finish(self._status.code, self._status.signal, now, final)
+        self._session.finish(status.code, status.signal, now, final)
 
     def _stop_watching(self) -> None:
         self._read_off()
@@ -304,6 +330,12 @@ class ProgramRunner:
         else:
             self._write_off()
             self._program.close()
+
+
+def _last_screen(screen: LazyScreen) -> bytes:
+    """Returns what repaints a screen for good, with as much scroll-back as is allowed to be kept."""
+    final = compress(screen.snapshot(True))
+    return final if len(final) <= limits.FINAL_MAX_BYTES else compress(screen.snapshot(False))
 
 
 def _nothing() -> None:

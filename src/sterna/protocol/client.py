@@ -513,8 +513,8 @@ class ClientMachine:
         resume = ResumeBody(
             context=messages.CONTEXT_RESUME, node=body.node, uid=self.uid, device=self._device,
             attachment=self.attachment, race=self._race_id, counter=self._counter(), epoch=self.epoch, log=self.log,
-            output=self.intake.next, cols=self.cols if body.term and not body.exact else 0, rows=self.rows,
-            features=body.features,
+            output=self.intake.next, sent=self.input.sent, cols=self.cols if body.term and not body.exact else 0,
+            rows=self.rows, features=body.features,
         )  # fmt: skip
         self._send_signed(connection, Type.RESUME, messages.CONTEXT_RESUME, messages.pack(resume))
 
@@ -661,6 +661,8 @@ class ClientMachine:
             if resumed.input is not None:
                 self.input = SendStream(resumed.input)
             self._events.append(Rejoined(resumed))
+        if resumed.forgotten and resumed.input is not None and resumed.input > self.input.base:
+            self._events.append(Uncertain(self.input.base, resumed.input))
         if resumed.input is None:
             if self.input.end > self.input.base:
                 self._events.append(Uncertain(self.input.base, self.input.end))

@@ -37,14 +37,15 @@ class Link:
     def receive(self, data: bytes | memoryview) -> list[Frame]:
         """Returns the frames these bytes complete; broken bytes queue the closing ERROR instead."""
         frames = self._decoder.feed(data)
-        if self._decoder.fault is not None and not self.closing and not frames:
-            self.fail(self._decoder.fault, self._decoder.reason)
+        if not frames:
+            self.check()
         return frames
 
     def check(self) -> None:
         """Queues the closing ERROR if the last bytes were broken; called after their good frames were dealt with."""
-        if self._decoder.fault is not None and not self.closing:
-            self.fail(self._decoder.fault, self._decoder.reason)
+        fault, reason = self._decoder.fault, self._decoder.reason
+        if fault is not None and not self.closing:
+            self.fail(fault, f"{reason[:1].upper()}{reason[1:]}.")
 
     def receive_eof(self) -> Code | None:
         """Notes the end of the peer's bytes; returns the fault if it came inside a frame."""

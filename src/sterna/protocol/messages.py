@@ -98,7 +98,8 @@ class Accept(Message, frozen=True, gc=False):
 class ResumeBody(Message, frozen=True, gc=False):
     """What RESUME proves and says: which attachment comes back, and that its next output byte wanted is `output`.
 
-    `counter` rises with every RESUME of an attachment; connections that race each other share `race` (16 bytes).
+    `counter` rises with every RESUME of an attachment; connections that race each other share `race` (16 bytes). `sent`
+    is the position after all input sent so far, from which a lane goes on that neither node nor pod remembers.
     """
 
     context: str
@@ -111,6 +112,7 @@ class ResumeBody(Message, frozen=True, gc=False):
     epoch: Position
     log: Position
     output: Position
+    sent: Position = 0
     cols: int = 80
     rows: int = 24
     min: int = VERSION
@@ -128,7 +130,8 @@ class Lost(Message, frozen=True, gc=False):
 class Resumed(Message, frozen=True, gc=False):
     """RESUMED: output continues at `output`; `input` is the next input position wanted, None where the agent is gone.
 
-    `head` is as in ACCEPT.
+    `head` is as in ACCEPT. `forgotten` says that nobody remembers this attachment's lane (too many others came since):
+    what was sent before `input` and not acknowledged is uncertain.
     """
 
     epoch: Position
@@ -139,6 +142,7 @@ class Resumed(Message, frozen=True, gc=False):
     snapshot: bool = False
     state: str = "active"
     head: Position = 0
+    forgotten: bool = False
 
 
 class Close(Message, frozen=True, gc=False):

@@ -7,121 +7,24 @@ beyond that (store, announce, forget) stands in `events`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from sterna import limits
-from sterna.errors import Code, ProtocolError, StorageError
-from sterna.ids import AttachmentId, DeviceId, SessionUid
+from sterna.errors import Code, LostBytesError, ProtocolError, StorageError
+from sterna.ids import AttachmentId, SessionUid
 from sterna.protocol import messages
+from sterna.protocol.attachment import Attachment, Ended, Lane, OutputLog, PodPort
 from sterna.protocol.frame import Type, expand
-from sterna.protocol.link import Link
-from sterna.protocol.messages import Kind, LaneState, Lost, Mode
+from sterna.protocol.messages import Kind, LaneState, Lost
 from sterna.protocol.states import Cause, State, step
 from sterna.protocol.stream import Intake
 from sterna.units import SECOND
 
 _DATA = int(Type.DATA)
 _ACK = int(Type.ACK)
+_SIGNAL = int(Type.SIGNAL)
 _STILL = limits.STILL_SECONDS * SECOND
 _HELD_BYTES = limits.RING_BYTES // 2
 _NEVER = 1 << 63
-
-
-class OutputLog(Protocol):
-    """What the machine needs of a session's durable output."""
-
-    @property
-    def tail(self) -> int:
-        """The oldest position that can still be read."""
-
-    @property
-    def end(self) -> int:
-        """The next position."""
-
-    def append(self, data: bytes | memoryview) -> None:
-        """Adds bytes; StorageError when they could not be kept."""
-
-    def read(self, position: int, limit: int) -> bytes:
-        """Returns at most `limit` bytes from `position`."""
-
-    def keep_from(self, position: int | None) -> None:
-        """Says from where on output is unread, so that it may outgrow the ring as far as the log allows."""
-
-
-class PodPort(Protocol):
-    """One session's place on a connection to its pod."""
-
-    link: Link
-    handle: int
-    features: frozenset[str]
-
-    def lane_handle(self, session: Session, lane: Lane) -> int:
-        """Returns a new handle on the pod's connection whose frames are this lane's."""
-
-    def release(self, session: Session) -> None:
-        """Forgets the session's handles: it does not come back to this pod."""
-
-
-class Lane:
-    """One attachment's input on its way to the pod; it outlives connections.
-
-    `next` is the position wanted next from the client, `handled` what the pod acknowledged, `handle` its handle on the
-    pod's connection (0: none).
-    """
-
-    __slots__ = ("attachment", "handle", "handled", "id", "next", "used")
-
-    def __init__(self, attachment_id: AttachmentId, handled: int = 0) -> None:
-        self.id = attachment_id
-        self.handle = 0
-        self.handled = self.next = handled
-        self.attachment: Attachment | None = None
-        self.used = 0
-
-
-class Attachment:
-    """One client process or browser tab, connected now.
-
-    `cursor` is the next output position to send, `acked` what the client has handled; `waiting` holds output back until
-    a snapshot came; `laggard` means that it no longer paces the agent. `answers` says that a terminal is there.
-    """
-
-    __slots__ = (
-        "acked", "answers", "closing", "cols", "cursor", "device", "exact", "handle", "id", "label", "lane", "laggard",
-        "link", "lost", "mode", "progress", "resync", "rows", "session", "waiting", "window",
-    )  # fmt: skip
-
-    def __init__(
-        self, attachment_id: AttachmentId, link: Link, handle: int, device: DeviceId, mode: Mode, label: str
-    ) -> None:
-        self.id = attachment_id
-        self.link = link
-        self.handle = handle
-        self.device = device
-        self.mode: Mode = mode
-        self.label = label
-        self.exact = False
-        self.answers = False
-        self.cols = self.rows = 0
-        self.cursor = self.acked = 0
-        self.window = limits.WINDOW_BYTES
-        self.waiting = self.laggard = self.resync = self.closing = False
-        self.progress = 0
-        self.lost: Lost | None = None
-        self.lane: Lane | None = None
-        self.session: Session | None = None
-
-
-class Ended:
-    """How a session's program ended: exit code or signal number, or neither when the agent was lost."""
-
-    __slots__ = ("code", "reason", "signal", "status")
-
-    def __init__(self, code: Code, reason: str, status: int | None = None, signal: int | None = None) -> None:
-        self.code = code
-        self.reason = reason
-        self.status = status
-        self.signal = signal
 
 
 class Session:
@@ -135,7 +38,7 @@ class Session:
     __slots__ = (
         "_away", "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final",
         "holding", "id", "intake", "kind", "lanes", "lanes_known", "log", "log_id", "name", "overwrite", "port",
-        "read_to", "spare", "state", "tenant", "typist", "uid", "was_read",
+        "read_to", "spare", "state", "tenant", "typist", "uid",
     )  # fmt: skip
 
     def __init__(
@@ -174,7 +77,6 @@ class Session:
         self.ended: Ended | None = None
         self.events: list[str] = []
         self.final = b""
-        self.was_read = False
         self._captures: dict[int, Attachment] = {}
         self._away: dict[AttachmentId, tuple[int, int]] = {}  # exact drivers without a connection: position, since when
         self._token = 0
@@ -392,8 +294,9 @@ class Session:
 
     def resume(self, attachment: Attachment, body: messages.ResumeBody, now: int) -> None:
         """Brings an attachment back after its proof was checked; the connection it had is displaced now."""
-        gone = attachment.id not in self.lanes and self.ended is not None
-        lane = self._join(attachment, now)
+        unknown = attachment.id not in self.lanes
+        gone = unknown and self.ended is not None
+        lane = self._join(attachment, now, body.sent if unknown and not gone else 0)
         log, output = self.log, body.output
         lost: Lost | None = None
         if body.log != self.log_id or output > log.end:
@@ -405,7 +308,7 @@ class Session:
         attachment.lost = lost if snapshot else None
         resumed = messages.Resumed(
             epoch=self.epoch, log=self.log_id, output=output, input=None if gone else lane.handled, lost=lost,
-            snapshot=snapshot, state=self.state.value, head=log.end,
+            snapshot=snapshot, state=self.state.value, head=log.end, forgotten=unknown and not gone,
         )  # fmt: skip
         attachment.link.send_message(Type.RESUMED, attachment.handle, resumed)
         lane.next = max(lane.handled, lane.next)
@@ -413,8 +316,11 @@ class Session:
             self._capture(attachment)
         self._settle(attachment, now)
 
-    def _join(self, attachment: Attachment, now: int) -> Lane:
-        """Registers an attachment and opens its lane at the pod; the connection it had is displaced."""
+    def _join(self, attachment: Attachment, now: int, start: int = 0) -> Lane:
+        """Registers an attachment and opens its lane at the pod; the connection it had is displaced.
+
+        A lane that nobody knows begins at input position `start`.
+        """
         old = self.attachments.get(attachment.id)
         if old is not None:
             self._end(old, Code.DISPLACED, "This attachment was resumed on another connection.", notify=False)
@@ -433,7 +339,7 @@ class Session:
                     del self.lanes[gone.id]
                     if self.port is not None and gone.handle:
                         self.port.link.send_message(Type.CLOSE, gone.handle, messages.Close(reason="forgotten"))
-            lane = self.lanes[attachment.id] = Lane(attachment.id)
+            lane = self.lanes[attachment.id] = Lane(attachment.id, start)
         lane.used = now
         lane.attachment = attachment
         attachment.lane = lane
@@ -469,10 +375,6 @@ class Session:
             self._away[attachment.id] = attachment.acked, now
         if not self.attachments:
             self.state = step(self.state, Cause.DETACHED)
-            if self.was_read:
-                # Everybody who was there at the end has read it.
-                self.close(Cause.READ, now)
-                return
         self._announce("left", attachment)
         self._audience()
         self.pace(now)
@@ -537,6 +439,10 @@ class Session:
         if position - lane.handled + size > limits.WINDOW_BYTES:
             self.drop(attachment, Code.LIMIT, "More input was sent than the window allows.", now)
             return
+        if kind == _SIGNAL and not _is_signal(payload):
+            # The agent would take it for its node's fault, and end the connection that all its sessions are on.
+            self.drop(attachment, Code.BAD_PAYLOAD, "A SIGNAL without a name was refused.", now)
+            return
         if position < lane.next:
             payload = payload[lane.next - position :]
             position = lane.next
@@ -552,7 +458,12 @@ class Session:
     def client_ack(self, attachment: Attachment, payload: bytes, now: int) -> None:
         """Notes what a client has handled, which opens its window and, if it paces, the agent's."""
         position = int.from_bytes(payload, "big")
-        if not attachment.acked < position <= attachment.cursor:
+        if position > attachment.cursor:
+            self.drop(
+                attachment, Code.PROTOCOL, f"Output {position} was acknowledged but only {attachment.cursor} sent.", now
+            )
+            return
+        if position <= attachment.acked:
             return
         attachment.acked = position
         attachment.progress = now
@@ -579,13 +490,14 @@ class Session:
         """Takes CLOSE: the end of a living session, or the receipt for the CLOSE of an ended one."""
         if self.ended is not None:
             self._read |= attachment.mode == "drive" and attachment.cursor >= self.log.end
-            if self._read and len(self.attachments) == 1:
+            if self._read and len(self.attachments) == 1 and not self._away:
                 self.close(Cause.READ, now)
             else:
-                self.detach(attachment, now)  # others still read
+                self.detach(attachment, now, polite=True)  # others still read, or will when they are back
             return
         if attachment.mode != "drive":
             attachment.link.refuse(attachment.handle, Code.READ_ONLY, "This attachment may only watch.")
+            self.detach(attachment, now)
             return
         self.close(Cause.CLOSE, now)
 
@@ -617,7 +529,7 @@ class Session:
         while not (attachment.waiting or link.blocked):
             cursor, end = attachment.cursor, log.end
             if cursor < log.tail:
-                self._gap(attachment, now)
+                self._gap(attachment, now, log.tail)
                 continue
             if cursor >= end:
                 if self.ended is not None and not attachment.closing:
@@ -627,22 +539,26 @@ class Session:
             room = attachment.acked + attachment.window - cursor
             if room <= 0:
                 return
-            data = log.read(cursor, min(limits.CHUNK_BYTES, room))
+            try:
+                data = log.read(cursor, min(limits.CHUNK_BYTES, room))
+            except LostBytesError as lost:
+                self._gap(attachment, now, lost.end)
+                continue
             if attachment.acked == cursor:
                 attachment.progress = now
             link.send(_DATA, attachment.handle, cursor, data)
             attachment.cursor = cursor + len(data)
 
-    def _gap(self, attachment: Attachment, now: int) -> None:
-        """Names what the ring has overwritten before the attachment read it; a snapshot stands for it where one can be
-        had.
+    def _gap(self, attachment: Attachment, now: int, position: int) -> None:
+        """Names output that is gone before `position`: overwritten before the attachment read it, or damaged on disk.
+
+        A snapshot stands for it where one can be had.
         """
-        lost = Lost(attachment.cursor, self.log.tail)
+        lost = Lost(attachment.cursor, position)
         if not attachment.exact and self._can_capture():
             attachment.lost = lost
             self._capture(attachment)
             return
-        position = self.log.tail
         attachment.link.send_message(Type.SNAPSHOT, attachment.handle, messages.Snapshot(position, lost=lost))
         attachment.cursor = attachment.acked = position
         attachment.progress = now
@@ -784,6 +700,14 @@ class Session:
     def lane_states(self) -> list[LaneState]:
         """Returns what the pod has handled of each lane, to be kept with an ended session."""
         return [LaneState(lane.id, lane.handled) for lane in self.lanes.values()]
+
+
+def _is_signal(payload: bytes) -> bool:
+    try:
+        messages.unpack(messages.Signal, payload)
+    except ProtocolError:
+        return False
+    return True
 
 
 def _rank(attachment: Attachment, typist: Attachment | None) -> tuple[bool, bool, int]:

@@ -121,6 +121,11 @@ class Pump:
         return self._sock
 
     @property
+    def handshaking(self) -> bool:
+        """Whether the TLS handshake is not done yet: nothing can be said to the other side."""
+        return self._handshake
+
+    @property
     def closed(self) -> bool:
         """Whether the connection is over."""
         return self._closed
@@ -159,12 +164,12 @@ class Pump:
     def _read(self) -> None:
         """Reads what is there, at most one buffer, and hands it over in one piece."""
         view, sock, filled = self._reactor.view, self._sock, 0
-        reason = ""
+        reason, ended = "", False
         try:
             while filled < _BUDGET_BYTES:
                 count = sock.recv_into(view[filled:] if filled else view)
                 if not count:
-                    reason = "closed by the other side"
+                    reason, ended = "closed by the other side", True
                     break
                 filled += count
                 # Less than a record, or less than asked for: nothing more is there, and asking again would cost a call.
@@ -180,6 +185,10 @@ class Pump:
             self.owner.received(self, view[:filled])
             if self.link.closing and not self._closed:
                 self.flush()
+        if ended and not self.link.closing and self.link.receive_eof() is not None:
+            # It ended inside a frame and may still read: it is told so.
+            self.link.check()
+            self.flush()
         if reason:
             self.abort(reason)
 
