@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sterna import limits
-from sterna.errors import Code, ProtocolError, StorageError
+from sterna.errors import Code, LostBytesError, ProtocolError, StorageError
 from sterna.ids import AttachmentId, DeviceId, SessionUid
 from sterna.journal.memory import MemoryLog
 from sterna.protocol import messages
@@ -329,3 +329,37 @@ def test_an_exact_driver_that_is_alone_holds_the_agent_as_long_as_it_takes() -> 
     target.handle_timeout(NOW + 1000 * SECOND)
     assert max(f[2] for f in sent(port.link) if f[0] == Type.ACK) == limits.WINDOW_BYTES < target.log.end
     assert target.next_timeout() is None
+
+
+class DamagedLog(MemoryLog):
+    """Bytes 10 to 30 cannot be read any more."""
+
+    def read(self, position: int, limit: int) -> bytes:
+        if 10 <= position < 30:
+            raise LostBytesError("damaged", 10, 30)
+        return super().read(position, min(limit, 10 - position) if position < 10 else limit)
+
+
+def test_damaged_bytes_of_the_journal_are_named_and_the_rest_still_comes() -> None:
+    log = DamagedLog(1)
+    log.append(bytes(range(40)))
+    target = Session(SessionUid(b"U" * 16), log, log_id=1, kind="stream", tenant="t", agent="a", name="n")
+    opened(target)
+    who = attachment()
+    attach(target, who, output=0)
+    frames = [f for f in sent(who.link) if f[0] in (Type.DATA, Type.SNAPSHOT)]
+    assert [f[0] for f in frames] == [Type.DATA, Type.SNAPSHOT, Type.DATA]
+    assert messages.unpack(messages.Snapshot, frames[1][3]).lost == Lost(10, 30)
+    assert frames[0][3] + frames[2][3] == bytes(range(10)) + bytes(range(30, 40))
+
+
+def test_an_attachment_whose_lane_nobody_remembers_goes_on_and_is_told_what_is_uncertain() -> None:
+    target, who = session(), attachment()
+    opened(target)
+    body = messages.ResumeBody(messages.CONTEXT_RESUME, NODE, target.uid, b"d", who.id, b"r", 1, 1, 1, 0, sent=70)
+    target.resume(who, body, NOW)
+    resumed = messages.unpack(messages.Resumed, next(f[3] for f in sent(who.link) if f[0] == Type.RESUMED))
+    assert (resumed.input, resumed.forgotten) == (70, True)
+    assert who.lane is not None
+    target.client_input(who, Type.DATA, 70, b"on", NOW)
+    assert who.lane.next == 72
