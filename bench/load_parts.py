@@ -268,6 +268,7 @@ class LoadClient:
             tls = self.fleet.context.wrap_socket(sock, do_handshake_on_connect=False)
             # The machine's own link: what it queues there goes out without a copy.
             link = self.machine._connections[number].link
+            self.machine.connected(number, time.monotonic_ns())
             pump = self.pumps[number] = Pump(
                 self.fleet.reactor, tls, link, self, handshake=True, on_open=self._established
             )

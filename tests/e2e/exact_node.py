@@ -15,9 +15,11 @@ from typing import Any
 
 from sterna.journal.log import Log
 from sterna.node.config import NodeConfig
+from sterna.node.table import SessionTable
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.frame import Type
 from sterna.protocol.session import Session
+from sterna.protocol.states import Cause, State
 from sterna.transport.pump import Pump
 
 _ACK = int(Type.ACK)
@@ -105,7 +107,45 @@ def overwrite_unread() -> None:
     Session.pace = careless  # type: ignore[method-assign]  # that is the point
 
 
-BREAKS = {"acknowledge-first": acknowledge_first, "overwrite": overwrite_unread}
+def nobody_paces() -> None:
+    """Breaks the pace: the agent runs as fast as the journal takes it, whoever is attached."""
+    Session.pacer = lambda self: None  # type: ignore[method-assign]  # that is the point
+
+
+def no_snapshot() -> None:
+    """Breaks what stands for lost output: a gap is named, but nothing repaints the screen."""
+    Session._can_capture = lambda self: False  # type: ignore[method-assign]  # that is the point
+
+
+def pretend_handled() -> None:
+    """Breaks the report: input that was on its way to a lost agent counts as handled."""
+
+    def before(self: Session, *_: object) -> None:
+        for lane in self.lanes.values():
+            self.pod_ack(lane, lane.next.to_bytes(8, "big"))
+
+    _wrap(Session, "agent_lost", before, _nothing)
+
+
+def forget_ends() -> None:
+    """Breaks the memory of ends: a session that nobody is attached to when its program ends is closed at once."""
+
+    def after(self: SessionTable, session: Session, *_: object) -> None:
+        if session.ended is not None and not session.attachments and session.state is not State.CLOSED:
+            session.close(Cause.RETENTION, 0)
+            self.settle(session)
+
+    _wrap(SessionTable, "settle", _nothing, after)
+
+
+BREAKS = {
+    "acknowledge-first": acknowledge_first,
+    "forget-ends": forget_ends,
+    "no-snapshot": no_snapshot,
+    "nobody-paces": nobody_paces,
+    "overwrite": overwrite_unread,
+    "pretend-handled": pretend_handled,
+}
 
 
 def main() -> None:

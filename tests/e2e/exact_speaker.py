@@ -14,6 +14,9 @@ import tty
 from tests.e2e.exact_duplex import stream
 
 STATUS = 7
+READY, DONE = b"READY\r\n", b"DONE\r\n"
+HEADER = b"\x1b[2J\x1b[1;1HTHE HEADER STAYS\x1b[2;24r\x1b[24;1H"
+"""Drawn once, at the top; the text scrolls below it, so that who missed it and sees only text has a wrong screen."""
 
 
 def text(seed: str, size: int) -> bytes:
@@ -23,16 +26,23 @@ def text(seed: str, size: int) -> bytes:
     return b"".join(body[at : at + 64] + b"\r\n" for at in range(0, size, 64))
 
 
+def speech(seed: str, size: int) -> bytes:
+    """What is said between READY and DONE: the header comes in the middle."""
+    body = text(seed, size)
+    half = len(body) // 2
+    return body[:half] + HEADER + body[half:]
+
+
 def main() -> None:
     seed, size = sys.argv[1], int(sys.argv[2])
     with contextlib.suppress(termios.error):
         tty.setraw(0)
-    data = memoryview(text(seed, size))
-    os.write(1, b"READY\r\n")
+    data = memoryview(speech(seed, size))
+    os.write(1, READY)
     os.read(0, 1)
     while data:
         data = data[os.write(1, data[:65536]) :]
-    os.write(1, b"DONE\r\n")
+    os.write(1, DONE)
     os.read(0, 1)
     sys.exit(STATUS)
 

@@ -60,6 +60,8 @@ _SEPARATOR = "=== what follows is no line of the pane ==="
 _FORMAT = _SEPARATOR + "".join(f"\n{name}=#{{{name}}}" for name in MODES) + "\n" + _SEPARATOR
 _SGR = re.compile(r"\x1b\[([0-9;:]*)m|\x1b[()][0B]|[\x0e\x0f]")
 _OFF = {22: (1, 2), 23: (3,), 24: (4,), 25: (5,), 27: (7,), 28: (8,), 29: (9,), 55: (53,)}
+# DEC's line-drawing set; what it draws may as well have been written in Unicode.
+_DRAWN = str.maketrans("`afgjklmnopqrstuvwxyz{|}~", "◆▒°±┘┐┌└┼⎺⎻─⎼⎽├┤┴┬│≤≥π≠£·")
 
 Style = tuple[object, ...]
 Cell = tuple[str, Style]
@@ -74,7 +76,7 @@ class _Pen:
         self.drawing = False
 
     def style(self) -> Style:
-        return (self.drawing, *sorted(self.flags), *sorted(self.colours.items()))
+        return (*sorted(self.flags), *sorted(self.colours.items()))
 
     def take(self, parameters: str) -> None:
         fields = [field or "0" for field in parameters.split(";")]
@@ -110,7 +112,8 @@ def parse(lines: Sequence[str]) -> list[list[Cell]]:
         at = 0
         for found in [*_SGR.finditer(line), None]:
             style = pen.style()
-            row += [(char, style) for char in line[at : found.start() if found else len(line)]]
+            text = line[at : found.start() if found else len(line)]
+            row += [(char, style) for char in (text.translate(_DRAWN) if pen.drawing else text)]
             if found is None:
                 break
             at = found.end()
@@ -150,6 +153,9 @@ class View:
         ]
         mine, others = self.rows, other.rows
         lines, other_lines = self.lines, other.lines
+        if self.modes["alternate_on"] == "1":
+            # Nothing there is ever wrapped anew, and terminals differ in what scrolling does to a wrapped line.
+            lines = other_lines = []
         if not scrollback:
             mine, others = self._screen(), other._screen()
             lines = other_lines = []
@@ -173,6 +179,11 @@ def _text(row: list[Cell]) -> str:
     return "".join(char for char, _ in row)
 
 
+def _whole(text: str) -> str:
+    """Keeps tmux from taking a semicolon at the end for the end of the command."""
+    return text[:-1] + "\\;" if text.endswith(";") else text
+
+
 class Pane:
     """One terminal and the program in it."""
 
@@ -186,7 +197,7 @@ class Pane:
 
     def type(self, text: str) -> None:
         """Types text as it is."""
-        self.run("send-keys", "-l", "--", text[:-1] + "\\;" if text.endswith(";") else text)
+        self.run("send-keys", "-l", "--", _whole(text))
 
     def line(self, text: str) -> None:
         """Types a line and Enter."""
@@ -199,7 +210,7 @@ class Pane:
 
     def paste(self, text: str) -> None:
         """Pastes, in brackets if the program has asked for that."""
-        self._tmux.run("set-buffer", "-b", "pasted", "--", text)
+        self._tmux.run("set-buffer", "-b", "pasted", "--", _whole(text))
         self.run("paste-buffer", "-p", "-b", "pasted")
 
     def resize(self, cols: int, rows: int) -> None:

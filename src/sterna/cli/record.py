@@ -128,7 +128,6 @@ class _Recorder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         self._driver.watch(wake[0], select.POLLIN, lambda _events: self._stop(wake[0]))
-        sys.stderr.write(f"Recording {self._name} into {self._path}; Ctrl-C ends it.\n")
         self._sizes.start()
         try:
             while not self._over:
@@ -161,6 +160,8 @@ class _Recorder:
         now = time.monotonic_ns()
         if isinstance(event, machine.Output):
             self._output(event.data, event.end, now)
+        elif isinstance(event, machine.Opened):
+            sys.stderr.write(f"Recording {self._name} into {self._path}; Ctrl-C ends it.\n")
         elif isinstance(event, machine.Screen):
             data = event.data
             if event.zstd:

@@ -236,6 +236,7 @@ class _Driver:
         if context is not None:
             sock = context.wrap_socket(sock, do_handshake_on_connect=False)
             self._shaking.add(number)
+            self.machine.connected(number, time.monotonic_ns())
         pump = Pump(
             self._around.reactor, sock, _Outlet(), self, handshake=context is not None, on_open=self._established
         )

@@ -223,6 +223,7 @@ class PollDriver:
         self._channels[channel.fd] = channel
         self._poll.register(channel.fd, _IN)
         channel.shaking = True
+        self.machine.connected(channel.number, time.monotonic_ns())
         self._shake(channel)
 
     def _shake(self, channel: _Channel) -> None:

@@ -7,13 +7,13 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from sterna import __version__
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import UsageError
 from sterna.protocol.states import State
@@ -78,7 +78,7 @@ class NodeCollector:
         yield from self._journal()
         node = self._node
         build = GaugeMetricFamily("sterna_build_info", "The version that runs.", labels=["version"])
-        build.add_metric([__version__], 1)
+        build.add_metric([_version()], 1)
         yield build
         started = node.started / SECOND
         yield GaugeMetricFamily("sterna_start_time_seconds", "When the node started (Unix time).", value=started)
@@ -143,6 +143,14 @@ class NodeCollector:
             "Sessions whose log on disk failed.",
             value=node.table.storage_failures,
         )
+
+
+def _version() -> str:
+    """Returns the installed version; a source tree that was never installed has none."""
+    try:
+        return version("sterna")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 class MetricsServer:

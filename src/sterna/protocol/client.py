@@ -290,6 +290,11 @@ class ClientMachine:
         """Whether nothing more will happen."""
         return self._ended
 
+    def connected(self, number: int, now: int) -> None:
+        """A connection reached the node's machine; who is there, TLS has still to prove."""
+        if number in self._connections:
+            self._race.connected(now)
+
     def established(self, number: int, now: int) -> None:
         """A connection is open and, with TLS, the other side is proved to be the node."""
         connection = self._connections.get(number)

@@ -14,6 +14,7 @@ _SUSPECT_MIN = limits.SUSPECT_MIN_MS * MILLISECOND
 _FAST, _SLOW, _SLOWEST = limits.RACE_EVERY_MS * MILLISECOND, 250 * MILLISECOND, SECOND
 _FAST_UNTIL, _SLOW_UNTIL = 10 * SECOND, 60 * SECOND
 _BACKOFF_MAX = 2 * SECOND
+_REST_MAX = 8 * SECOND
 
 
 class Vitals:
@@ -75,19 +76,19 @@ class Vitals:
 class Race:
     """When to open the next connection: every 50 ms at first, rarer later, with back-off where nobody listens."""
 
-    __slots__ = ("_next", "_random", "_refusals", "_since", "running")
+    __slots__ = ("_next", "_random", "_refusals", "_rest", "_rested", "_since", "running")
 
     def __init__(self, random: Callable[[int], bytes]) -> None:
         self._random = random
         self.running = False
         self._since = self._next = 0
-        self._refusals = 0
+        self._refusals = self._rest = self._rested = 0
 
     def begin(self, now: int) -> None:
         """Starts a race: the first attempt is due at once."""
         self.running = True
         self._since = self._next = now
-        self._refusals = 0
+        self._refusals = self._rest = self._rested = 0
 
     def end(self) -> None:
         """Ends the race."""
@@ -110,6 +111,16 @@ class Race:
         age = now - self._since
         self._next = now + (_FAST if age < _FAST_UNTIL else _SLOW if age < _SLOW_UNTIL else _SLOWEST)
         return True
+
+    def connected(self, now: int) -> None:
+        """Rests once the node's machine took a connection: the network works, and a busy node gets no faster by more.
+
+        Each further one in the same race doubles the rest, from 1 s to 8 s.
+        """
+        if now >= self._rested:
+            self._rest = min(self._rest * 2 or SECOND, _REST_MAX)
+            self._rested = now + self._rest
+        self._next = max(self._next, self._rested)
 
     def established(self, now: int) -> None:
         """Rests after a connection was established: now it is up to the answer."""

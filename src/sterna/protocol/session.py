@@ -267,7 +267,8 @@ class Session:
         lane = self._join(attachment, now)
         log = self.log
         start = log.tail if output is None else min(max(output, log.tail), log.end)
-        fresh = not attachment.exact and output is None and log.end > 0
+        # Who began the session gets its few first bytes as they were printed: nothing is cleared, as with ssh.
+        fresh = not (attachment.exact or created) and output is None and log.end > 0
         final = self.final if fresh and self.ended is not None else b""
         snapshot = bool(final) or (fresh and self._can_capture())
         attachment.cursor = attachment.acked = start
