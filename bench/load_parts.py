@@ -211,13 +211,13 @@ class LoadClient:
                 self.sent_at = 0.0
         elif isinstance(event, machine_events.Opened):
             self.state = "up"
-            self.fleet.came_up()
+            self.fleet.came_up(self)
         elif isinstance(event, machine_events.Trouble):
             if event.since is not None:
                 self.state = "down"
             elif self.state == "down":
                 self.state = "up"
-                self.fleet.came_up()
+                self.fleet.came_up(self)
         elif isinstance(event, machine_events.Failed):
             self.state = f"failed: {event.error}"
             self.fleet.failures.append(str(event.error))
@@ -328,7 +328,7 @@ class Fleet:
         self.reactor = Reactor(self.loop)
         self.clients: list[LoadClient] = []
         self.latencies: list[float] = []
-        self.ups: list[float] = []
+        self.ups: dict[LoadClient, float] = {}
         self.failures: list[str] = []
         self.dials = self.late = 0
         self.broken: dict[str, int] = {}
@@ -350,9 +350,9 @@ class Fleet:
                 self.reactor.run(client.timeout, now)
         self.loop.call_later(_TICK_SECONDS * 2, self._tick)
 
-    def came_up(self) -> None:
-        """Notes that a client's session works."""
-        self.ups.append(time.monotonic())
+    def came_up(self, client: LoadClient) -> None:
+        """Notes that a client's session works; the last time counts."""
+        self.ups[client] = time.monotonic()
         self._changed.set()
 
     async def _until(self, done: Callable[[], bool], seconds: float) -> bool:
@@ -431,8 +431,10 @@ class Fleet:
 
     async def recovered(self, seconds: float) -> dict[str, Any]:
         """Waits until every client has come up again since `arm`; tells when which share of them had."""
-        await self._until(lambda: len(self.ups) >= len(self.clients), seconds)
-        return {"ups": self.ups}
+        await self._until(
+            lambda: len(self.ups) >= len(self.clients) and all(client.state == "up" for client in self.clients), seconds
+        )
+        return {"ups": list(self.ups.values())}
 
 
 # ---- a client that begins sessions and leaves them ---------------------------------------------------------------

@@ -86,9 +86,17 @@ def runtime_dir(state: str | None = None, environ: Mapping[str, str] = os.enviro
     users can put their sockets there; the node checks each socket's owner.
     """
     path = runtime_path(state, environ, system)
-    if path != system:
-        if state is None and path == os.path.join(state_path(environ), "sockets"):
-            state_dir(None, environ)
+    if path != system and state is None and path == os.path.join(state_path(environ), "sockets"):
+        state_dir(None, environ)
+    return socket_dir(path, system)
+
+
+def socket_dir(path: str, system: str = SYSTEM_SOCKETS) -> str:
+    """Returns a directory of sockets, made and checked by `private_dir` unless it is the system-wide one.
+
+    Raises StorageError if others than its owner could replace what is in it.
+    """
+    if os.path.abspath(path) != system:
         return private_dir(path)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -46,7 +47,20 @@ def attach(
     options.notify = notify
     options.mode = "watch" if watch else "drive"
     options.make_screen = _make_screen
+    options.again = _again(target, state, host, port)
     return client.attach(endpoint, wish, options)
+
+
+def _again(target: str | None, state: str | None, host: str | None, port: int | None) -> str:
+    """Returns the command that comes back to a session; "" for a share link, whose secret is not to be shown."""
+    from sterna.trust.links import is_link
+
+    if target is not None and is_link(target):
+        return ""
+    elsewhere = [target] if target is not None and ("@" in target or "://" in target) else []
+    flags = [("--state", state), ("--host", host), ("--port", port and str(port))]
+    words = ["sterna", "attach", *elsewhere, *(word for flag, value in flags if value for word in (flag, value))]
+    return shlex.join([*words, "--name"]) + " NAME"
 
 
 def _make_screen(cols: int, rows: int) -> ScreenModel:

@@ -30,7 +30,7 @@ def pod(tenant: str, agent: str, sockets: str | None, kind: str, cwd: str | None
     from sterna.pod.runner import ProgramStarter
     from sterna.pod.server import PodServer, socket_path
 
-    directory = paths.private_dir(sockets) if sockets else paths.runtime_dir()
+    directory = paths.socket_dir(sockets) if sockets else paths.runtime_dir()
     starter = ProgramStarter(
         list(command),
         kind="stream" if kind == "stream" else "pty",

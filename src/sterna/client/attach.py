@@ -24,11 +24,16 @@ from sterna.protocol.messages import Accept, Close
 
 _IN, _OUT = select.POLLIN, select.POLLOUT
 
+_TITLE_SAVED, _TITLE_BACK = b"\x1b[22;0t", b"\x1b[23;0t"
+
 
 class AttachOptions:
-    """What the user chose for `attach`; `make_screen` builds the screen model for the status line."""
+    """What the user chose for `attach`; `make_screen` builds the screen model for the status line.
 
-    __slots__ = ("clipboard", "displace", "escape", "make_screen", "mode", "notify", "state")
+    `again` is the command that comes back, with NAME for the session's name; "" if there is none.
+    """
+
+    __slots__ = ("again", "clipboard", "displace", "escape", "make_screen", "mode", "notify", "state")
 
     def __init__(self) -> None:
         self.state: str | None = None
@@ -37,6 +42,7 @@ class AttachOptions:
         self.clipboard = False
         self.notify = False
         self.mode: str = "drive"
+        self.again = ""
         self.make_screen: Callable[[int, int], ScreenModel] | None = None
 
 
@@ -115,9 +121,8 @@ class Attach:
             elif self._close.status is None and self._close.signal is None:
                 lines.append(f"The session {self._name} was closed.")
         elif self._left:
-            lines.append(
-                f"Detached from {self._name}; `sterna attach --name {self._name}` comes back." if self._name else ""
-            )
+            again = self._options.again.replace("NAME", self._name)
+            lines.append(f"Detached from {self._name}; `{again}` comes back." if self._name and again else "Detached.")
         return "\n".join(line for line in lines if line)
 
     # ---- the terminal ------------------------------------------------------------------------------------------
@@ -217,6 +222,9 @@ class Attach:
         self._name = accept.name
         if self._notifier is not None:
             self._notifier = Notifier(self._name, os.environ)
+        # The title goes back to what it is now when we leave, or when a program that has saved it before ends.
+        self._terminal.parting = _TITLE_BACK
+        self._write(_TITLE_SAVED)
         if accept.kind == "pty" and not accept.snapshot:
             # The session's screen began empty with the cursor at the top, and every terminal on it has to agree on
             # where things are. What this one shows goes into its scroll-back.
@@ -229,7 +237,7 @@ class Attach:
             self._write(self._status.end())
         self._filter.mode = REPLAY if event.replayed else LIVE if self._typist else PASSIVE
         data = self._filter.feed(event.data)
-        if self._notifier is not None and self._bells.feed(data) and not unfinished(data):
+        if self._notifier is not None and self._bells.feed(data) and unfinished(data) == b"":
             data += self._notifier.bell(time.monotonic_ns())
         self._queue.append((data, event.end))
         self._flush(0)
@@ -273,5 +281,5 @@ def attach(endpoint: Endpoint, wish: Wish, options: AttachOptions) -> int:
         status = run.run()
     words = run.farewell()
     if words:
-        sys.stderr.write(words + "\n")
+        sys.stderr.write(f"\n{words}\n")
     return status

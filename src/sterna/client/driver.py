@@ -206,7 +206,8 @@ class PollDriver:
     def _finish_connect(self, channel: _Channel) -> None:
         code = channel.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._failed(channel, refused=True, reason=self._unreachable(code))
+            again = code == errno.ECONNRESET
+            self._failed(channel, refused=True, again=again, reason=self._unreachable(code))
         else:
             self._connected(channel)
 
@@ -238,7 +239,10 @@ class PollDriver:
             text = f"The node at {self.endpoint.name} is not the one known there: its certificate is another's."
             self._failed(channel, refused=True, reason=text)
         except OSError as error:
-            self._failed(channel, refused=True, reason=f"The TLS handshake with {self.endpoint.name} failed: {error}.")
+            # The network may have ended it; what the other side does not speak or want stays so.
+            again = isinstance(error, (ssl.SSLEOFError, ConnectionError))
+            text = f"The TLS handshake with {self.endpoint.name} failed: {error}."
+            self._failed(channel, refused=True, again=again, reason=text)
         else:
             channel.shaking = False
             self._open(channel)
@@ -247,9 +251,9 @@ class PollDriver:
         self._poll.modify(channel.fd, _IN)
         self.machine.established(channel.number, time.monotonic_ns())
 
-    def _failed(self, channel: _Channel, *, refused: bool, reason: str) -> None:
+    def _failed(self, channel: _Channel, *, refused: bool, reason: str, again: bool = False) -> None:
         self._close(channel)
-        self.machine.dial_failed(channel.number, time.monotonic_ns(), refused=refused, reason=reason)
+        self.machine.dial_failed(channel.number, time.monotonic_ns(), refused=refused, again=again, reason=reason)
 
     def _send(self, channel: _Channel) -> None:
         if not channel.out:

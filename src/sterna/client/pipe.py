@@ -389,6 +389,9 @@ class Pipe:
         record = transfer.record
         self._next = record.base + transfer.size
         position = resumed.input
+        if resumed.forgotten:
+            self._error = StorageError(f"The node has forgotten how far {record.source} was read: begin anew.")
+            return
         if position is None:
             self._ready = False
             return

@@ -310,6 +310,7 @@ class Terminal:
         "_wake",
         "_wake_before",
         "modes",
+        "parting",
     )
 
     def __init__(self, in_fd: int = 0, out_fd: int = 1) -> None:
@@ -326,6 +327,7 @@ class Terminal:
         self._wake = (-1, -1)
         self._wake_before = -1
         self.modes = ModeTracker()
+        self.parting = b""  # what is written last, after the modes are undone
 
     def __enter__(self) -> Terminal:
         self._saved = termios.tcgetattr(self._in)
@@ -490,7 +492,7 @@ class Terminal:
         self._ending = 0
         noisy = self.modes.noisy
         with contextlib.suppress(TerminalGoneError):
-            self.write_all(self.modes.undo(), RESTORE_MAX_MS)
+            self.write_all(self.modes.undo() + self.parting, RESTORE_MAX_MS)
         with contextlib.suppress(termios.error):
             if noisy:
                 termios.tcflush(self._in, termios.TCIFLUSH)

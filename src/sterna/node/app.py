@@ -53,7 +53,7 @@ class Node:
         """Opens store and journal, loads or makes the identity; raises SternaError with what is wrong."""
         self.config = config
         self.directory = paths.private_dir(config.state)
-        self.sockets = paths.private_dir(config.sockets)
+        self.sockets = paths.socket_dir(config.sockets)
         now_s = SYSTEM_CLOCK.wall() // SECOND
         self.identity = NodeIdentity.load(self.directory, config.hosts(), now_s=now_s)
         self.token_key = TokenKey.load(self.directory)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from fnmatch import fnmatchcase
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, ProtocolError, RefusedError, TrustError
@@ -24,7 +22,7 @@ _MINUTE = 60 * SECOND
 _ADDRESSES_MAX = 10_000
 # A key that no device has; a proof for an unknown attachment is checked against it so that the answer takes as long.
 # It must be a point of the curve: checking against any other bytes takes a tenth of the time.
-_NOBODY = bytes((device_keys.ED25519,)) + Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+_NOBODY = device_keys.nobody()
 
 
 class Visitor:

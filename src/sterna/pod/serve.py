@@ -172,7 +172,7 @@ async def serve(
         task.add_done_callback(tasks.discard)
         return made
 
-    directory = paths.private_dir(sockets) if sockets else paths.runtime_dir()
+    directory = paths.socket_dir(sockets) if sockets else paths.runtime_dir()
     server = PodServer(socket_path(directory, tenant, name), start, kind=kind, features=[], label=label)
     for number in (signal.SIGTERM, signal.SIGINT):
         try:

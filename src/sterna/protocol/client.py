@@ -305,12 +305,15 @@ class ClientMachine:
         if not any(c.asked >= 0 for c in self._connections.values() if c is not self._active):
             self._ask(connection, now)
 
-    def dial_failed(self, number: int, now: int, *, refused: bool, reason: str = "") -> None:
-        """A connection could not be opened; `refused` says that nobody listens there (or the network said no)."""
+    def dial_failed(self, number: int, now: int, *, refused: bool, again: bool = False, reason: str = "") -> None:
+        """A connection could not be opened; `refused` says that nobody listens there (or the network said no).
+
+        That ends a first attempt, unless `again` says that the next one may well succeed.
+        """
         if self._connections.pop(number, None) is None or self._ended:
             return
         self._race.failed(now, refused)
-        if not self.uid and (refused or now - self._started > _GIVE_UP):
+        if not self.uid and ((refused and not again) or now - self._started > _GIVE_UP):
             self._fail(RefusedError(Code.TIMEOUT, reason or "The node cannot be reached."))
 
     def lost(self, number: int, now: int, reason: str = "") -> None:
@@ -518,8 +521,9 @@ class ClientMachine:
         resume = ResumeBody(
             context=messages.CONTEXT_RESUME, node=body.node, uid=self.uid, device=self._device,
             attachment=self.attachment, race=self._race_id, counter=self._counter(), epoch=self.epoch, log=self.log,
-            output=self.intake.next, sent=self.input.sent, cols=self.cols if body.term and not body.exact else 0,
-            rows=self.rows, features=body.features,
+            output=self.intake.next, sent=self.input.sent,
+            handled=self.intake.handled if self.intake.handled < self.intake.next else None,
+            cols=self.cols if body.term and not body.exact else 0, rows=self.rows, features=body.features,
         )  # fmt: skip
         self._send_signed(connection, Type.RESUME, messages.CONTEXT_RESUME, messages.pack(resume))
 

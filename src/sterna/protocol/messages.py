@@ -100,6 +100,7 @@ class ResumeBody(Message, frozen=True, gc=False):
 
     `counter` rises with every RESUME of an attachment; connections that race each other share `race` (16 bytes). `sent`
     is the position after all input sent so far, from which a lane goes on that neither node nor pod remembers.
+    `handled` is less than `output` where bytes were received and not written yet: they still count against the window.
     """
 
     context: str
@@ -113,6 +114,7 @@ class ResumeBody(Message, frozen=True, gc=False):
     log: Position
     output: Position
     sent: Position = 0
+    handled: Position | None = None
     cols: int = 80
     rows: int = 24
     min: int = VERSION

@@ -306,6 +306,8 @@ class Session:
             lost, output = Lost(output, log.tail), log.tail
         snapshot = lost is not None and not attachment.exact and self._can_capture()
         attachment.cursor = attachment.acked = output
+        if lost is None and body.handled is not None:
+            attachment.acked = min(body.handled, output)
         attachment.lost = lost if snapshot else None
         resumed = messages.Resumed(
             epoch=self.epoch, log=self.log_id, output=output, input=None if gone else lane.handled, lost=lost,

@@ -127,6 +127,13 @@ def device_id(public: bytes) -> DeviceId:
     return DeviceId(hashlib.sha256(public).digest())
 
 
+def nobody() -> bytes:
+    """Returns the public key, in wire form, of a device that does not exist: its private key is forgotten at once."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return bytes((ED25519,)) + Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+
+
 def next_counter(directory: str, wall_ns: int) -> int:
     """Returns the counter for the next RESUME, max(stored + 1, `wall_ns`), and stores it; no two calls get the same.
 
