@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from load_parts import TENANTS, percentile
+from load_parts import AGENT, TENANTS, percentile
 
 from sterna.trust.tokens import TokenKey
 
@@ -58,12 +58,11 @@ def free_port() -> int:
 class Part:
     """A process of the bench; `ask` sends it a command and returns its answer."""
 
-    def __init__(self, role: str, *args: str) -> None:
+    def __init__(self, *words: str) -> None:
         env = {**os.environ, "PYTHONPATH": os.fspath(SOURCE)}
         self.process = subprocess.Popen(
-            [sys.executable, os.fspath(HERE / "load_parts.py"), role, *args],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
+            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
         self.pid = self.process.pid
 
     def tell(self, **command: Any) -> None:
@@ -119,7 +118,11 @@ class Field:
 
     def part(self, role: str, *args: str) -> Part:
         """Starts a part."""
-        part = Part(role, self.state, *args)
+        return self.run(os.fspath(HERE / "load_parts.py"), role, self.state, *args)
+
+    def run(self, *words: str) -> Part:
+        """Starts a Python program."""
+        part = Part(*words)
         self.parts.append(part)
         return part
 
@@ -280,6 +283,35 @@ def suspended(count: int, share: float, seconds: float, samples: int) -> dict[st
         }  # fmt: skip
 
 
+# ---- terminals ---------------------------------------------------------------------------------------------------
+
+
+def terminals(count: int) -> dict[str, Any]:
+    """`count` idle shells under `sterna pod`, each with a TLS client: memory of pod and node, besides the shells."""
+    shell = ["bash", "--norc", "--noprofile"]
+    with field() as here:
+        pod = here.run(
+            "-m", "sterna", "pod", "--tenant", TENANTS[0], "--agent", AGENT, "--sockets", f"{here.state}/sockets", "--", *shell
+        )  # fmt: skip
+        node, _ = here.node()
+        time.sleep(2)
+        node_base, pod_base = anonymous_kib(node.pid), anonymous_kib(pod.pid)
+        clients = here.part("terminals", str(here.port), "0")
+        found = clients.ask(do="connect", count=count, at_once=8)
+        clients.ask(do="line", text="ls -l /usr/bin | head -40")
+        time.sleep(20)
+        node_kib, pod_kib = anonymous_kib(node.pid), anonymous_kib(pod.pid)
+        cpu, at = cpu_seconds(pod.pid), time.monotonic()
+        time.sleep(10)
+        result = {
+            "sessions": found["states"].get("up", 0), "begin_s": found["seconds"],
+            "node_kib_each": (node_kib - node_base) / count, "pod_kib_each": (pod_kib - pod_base) / count,
+            "pod_empty_mib": pod_base / 1024, "idle_pod_cpu_share": (cpu_seconds(pod.pid) - cpu) / (time.monotonic() - at),
+        }  # fmt: skip
+        say(f"terminals {result}")
+        return result
+
+
 SCENARIOS = ("live", "suspended", "terminals")
 
 
@@ -291,6 +323,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--active", type=int, default=200, help="of these, type")
     parser.add_argument("--rate", type=float, default=4.0, help="keys a second of each active one")
     parser.add_argument("--suspended", type=int, default=100_000)
+    parser.add_argument("--terminals", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     options = parser.parse_args()
@@ -300,6 +333,8 @@ def main() -> dict[str, Any]:
             found["live"] = live(options.live, options.active, options.rate, options.seconds, options.samples)
         elif scenario == "suspended":
             found["suspended"] = suspended(options.suspended, 0.01, options.seconds, options.samples)
+        else:
+            found["terminals"] = terminals(options.terminals)
     print(json.dumps(found, indent=1))
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import heapq
 import json
 import os
@@ -63,6 +64,18 @@ async def commands(answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any] |
 # ---- the node ----------------------------------------------------------------------------------------------------
 
 
+_gc_began = 0.0
+
+
+def _note_gc(phase: str, info: dict[str, int]) -> None:
+    """Says how long the collector takes (with LOAD_GC set)."""
+    global _gc_began  # noqa: PLW0603 -- one process, one collector
+    if phase == "start":
+        _gc_began = time.perf_counter()
+    elif (took := (time.perf_counter() - _gc_began) * 1e3) > 3:
+        print(f"gc {time.monotonic():.3f} generation {info['generation']} {took:.1f} ms", file=sys.stderr)
+
+
 async def node_main(state: str, port: int) -> None:
     """Runs a node with its usual settings until SIGTERM; notes pauses of its loop in STATE/pauses.
 
@@ -81,6 +94,8 @@ async def node_main(state: str, port: int) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    if os.environ.get("LOAD_GC"):
+        gc.callbacks.append(_note_gc)
     with Path(state, "pauses").open("a", buffering=1) as pauses:
         last, cpu = time.monotonic(), time.process_time()
         while not stop.is_set():
@@ -174,11 +189,12 @@ class LoadClient:
         self.due = 0
         # An address of its own, as real clients have: the node's bounds for each address are in force.
         self.source = f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
-        tenant = TENANTS[number % len(TENANTS)]
+        tenant = TENANTS[0 if fleet.terminals else number % len(TENANTS)]
+        cells = (80, 24) if fleet.terminals else (0, 0)
         body = ConnectBody(
             context=CONTEXT_CONNECT, node=fleet.node_id, request=os.urandom(16), key=fleet.key.public,
             attachment=os.urandom(16), credential=fleet.tokens[tenant], tenant=tenant, agent=AGENT, want="new",
-            cols=0, rows=0, exact=True,
+            cols=cells[0], rows=cells[1], term="xterm-256color" if fleet.terminals else "", exact=not fleet.terminals,
         )  # fmt: skip
         self.machine = ClientMachine(
             body, device=fleet.key.id, sign=lambda c, b: fleet.key.sign(c, fleet.node_id, b), counter=time.time_ns,
@@ -314,9 +330,10 @@ class LoadClient:
 
 
 class Fleet:
-    """Many clients on one loop, with one coarse timer for all of them."""
+    """Many clients on one loop, with one coarse timer for all of them; `terminals` says that they have one."""
 
-    def __init__(self, state: str, port: int, first: int) -> None:
+    def __init__(self, state: str, port: int, first: int, terminals: bool = False) -> None:
+        self.terminals = terminals
         pin = local_pin(f"{state}/node")
         assert pin is not None, "the node made its certificate"
         self.node_id, self.context = pin.node_id, pin.context()
@@ -397,6 +414,14 @@ class Fleet:
                 await asyncio.sleep(0)
         await self._until(lambda: len(self.ups) + len(self.failures) >= count, 30)
         return {"seconds": time.monotonic() - began}
+
+    async def line(self, text: str) -> dict[str, Any]:
+        """Has every client send a line."""
+        for client in self.clients:
+            client.machine.write(text.encode() + b"\r", time.monotonic_ns())
+            self.reactor.run(client.settle)
+        await asyncio.sleep(2)
+        return {}
 
     async def type(self, rate: float, seconds: float) -> dict[str, Any]:
         """Has every client type `rate` keys a second, none in step with another."""
@@ -527,7 +552,7 @@ def main() -> None:
     else:
 
         async def fleet() -> None:
-            await commands(Fleet(state, int(more[0]), int(more[1])).answer)
+            await commands(Fleet(state, int(more[0]), int(more[1]), role == "terminals").answer)
 
         run(fleet())
 

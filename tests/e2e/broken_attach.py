@@ -41,6 +41,14 @@ def _break_snapshot(without: bytes) -> None:
     attach.Attach._screen = screen  # type: ignore[method-assign]
 
 
+def _skip_snapshot() -> None:
+    def screen(self: Attach, event: Screen) -> None:
+        self._queue.append((b"", event.position))
+        self._flush(0)
+
+    attach.Attach._screen = screen  # type: ignore[method-assign]
+
+
 def _answer_everything() -> None:
     def feed(self: QueryFilter, data: bytes) -> bytes:
         return data
@@ -59,9 +67,12 @@ def _leave_status() -> None:
 
 
 def break_(how: str) -> None:
-    """Breaks the client: `drop` or `swap` bytes where the output says MARK, `answers`, `status`, or a snapshot without
-    the bytes given in hexadecimal."""
-    ways: dict[str, Any] = {"answers": _answer_everything, "status": _leave_status}
+    """Breaks the client.
+
+    `drop` and `swap` bytes where the output says MARK; `answers` lets every query pass; `status` leaves the status line;
+    `blind` skips snapshots; anything else are bytes, in hexadecimal, that a snapshot then lacks.
+    """
+    ways: dict[str, Any] = {"answers": _answer_everything, "status": _leave_status, "blind": _skip_snapshot}
     if how in ("drop", "swap"):
         _break_output(how)
     elif how in ways:

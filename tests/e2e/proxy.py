@@ -114,8 +114,8 @@ class CutProxy:
         """Does something bad after random times within `every` (seconds), until `calm`; `seed` decides all.
 
         "reset" and "close" cut all connections, "freeze" makes those that are there silent for ever, "stall" stops
-        everything for up to half a second, "delay" changes the delay, "refuse" refuses for up to half a second. The next
-        thing comes after that is over: in between the network works.
+        everything for up to half a second, "delay" changes the delay, "refuse" refuses for up to half a second. The
+        next thing comes after that is over: in between the network works.
         """
         rng = random.Random(seed)
         self._chaos += 1

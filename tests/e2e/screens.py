@@ -15,10 +15,9 @@ from pathlib import Path
 
 from sterna.client.calls import Caller
 from sterna.client.endpoint import find
-from tests.e2e.rig import SOURCE, Daemon, Rig, wait_for
+from tests.e2e.rig import Rig, wait_for
 
 HERE = Path(__file__).parent
-PROMPT = "$ "
 _POLL_SECONDS = 0.03
 _CONFIGURATION = """
 set -g history-limit 50000
@@ -59,6 +58,8 @@ MODES = [
 _SEPARATOR = "=== what follows is no line of the pane ==="
 _FORMAT = _SEPARATOR + "".join(f"\n{name}=#{{{name}}}" for name in MODES) + "\n" + _SEPARATOR
 _SGR = re.compile(r"\x1b\[([0-9;:]*)m|\x1b[()][0B]|[\x0e\x0f]")
+# The first sixteen colours have two names each.
+_BASIC = {f"{base}:5:{i}": str(base - 8 + i if i < 8 else base + 44 + i) for base in (38, 48) for i in range(16)}
 _OFF = {22: (1, 2), 23: (3,), 24: (4,), 25: (5,), 27: (7,), 28: (8,), 29: (9,), 55: (53,)}
 # DEC's line-drawing set; what it draws may as well have been written in Unicode.
 _DRAWN = str.maketrans("`afgjklmnopqrstuvwxyz{|}~", "◆▒°±┘┐┌└┼⎺⎻─⎼⎽├┤┴┬│≤≥π≠£·")
@@ -90,7 +91,7 @@ class _Pen:
                     count = 2 if fields[0] == "5" else 4
                     field += ":" + ":".join(fields[:count])
                     del fields[:count]
-                self.colours[str(number)] = field
+                self.colours[str(number)] = _BASIC.get(field, field)
             elif number in (39, 49, 59):
                 self.colours.pop(str(number - 1), None)
             elif 30 <= number <= 37 or 90 <= number <= 97:
@@ -235,6 +236,11 @@ class Pane:
         """The process in it."""
         return int(self.about("pane_pid"))
 
+    def record(self, path: Path) -> None:
+        """Writes all that the program sends to the terminal from now on into a file."""
+        self.run("pipe-pane", "-o", f"cat > {path}")
+        wait_for(path.exists, name="the recording")
+
     def text(self) -> str:
         """The lines of the screen."""
         return self.run("capture-pane", "-p")
@@ -334,7 +340,7 @@ def assert_never_same(pane: Pane, other: Pane, seconds: float = 1.0) -> None:
 
 def attach_words(rig: Rig, name: str, port: int | None = None, *options: str, broken: str = "") -> list[str]:
     """The words that attach over TCP and TLS to the session of that name; `broken` on purpose, as a control."""
-    words = ["attach", "--name", name, "--host", "127.0.0.1", "--port", str(port or rig.port), *options]
+    words = ["attach", "main", "--name", name, "--host", "127.0.0.1", "--port", str(port or rig.port), *options]
     if broken:
         return [sys.executable, os.fspath(HERE / "broken_attach.py"), broken, *words]
     return rig.words(*words)
@@ -347,25 +353,6 @@ def second_device(rig: Rig, name: str = "two") -> dict[str, str]:
     with Caller(find(state=os.fspath(rig.state))) as caller:
         token = caller.call("token", ttl=600)["token"]
     return {"STERNA_STATE": os.fspath(state), "STERNA_TOKEN": token}
-
-
-def start_node(rig: Rig, **settings: int) -> None:
-    """Starts the node with settings that `up` does not offer; the agents have to run already or come later."""
-    path = rig.directory / "node.toml"
-    path.write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
-    state = rig.state / "node"
-    state.mkdir(mode=0o700, exist_ok=True)
-    words = rig.words(
-        "node", "--port", str(rig.port), "--sockets", os.fspath(rig.sockets), "--state", os.fspath(state),
-        "--config", os.fspath(path),
-    )  # fmt: skip
-    rig.node = node = Daemon(words, rig.env, rig.directory / "node.log")
-
-    def there() -> bool:
-        assert node.running, node.output()
-        return (state / "node.sock").exists()
-
-    wait_for(there, name="the node")
 
 
 def child_of(pid: int, matches: Callable[[str], bool]) -> int:
@@ -384,9 +371,3 @@ def child_of(pid: int, matches: Callable[[str], bool]) -> int:
         return 0
 
     return wait_for(search, name="the process")
-
-
-__all__ = [
-    "HERE", "PROMPT", "SOURCE", "Pane", "Tmux", "View", "assert_never_same", "assert_same", "attach_words", "child_of",
-    "parse", "second_device", "start_node",
-]  # fmt: skip

@@ -58,7 +58,7 @@ def kill_nodes(short: int, *, broken: str = "", seconds: float = 600.0) -> tuple
         fault = duplex.fault()
         count = sum(kills.values())
         took = elapsed(start)
-        print(f"{size / 1e6:.0f} MB each way in {took}: {count} kills of the node ({kills}); {said[:300]} {fault}")
+        print(f"{size / 1e6:.0f} MB each way in {took}: {count} kills of the node ({kills}); {said[-1200:]} {fault}")
         return fault or said, pipe.returncode, count
 
 
@@ -110,7 +110,7 @@ def kill_clients(short: int, least: int, *, broken: str = "", seconds: float = 6
             fault = fault or (
                 "the record is left" if (rig.directory / f".{duplex.target.name}.sterna").exists() else ""
             )
-        print(f"{size / 1e6:.0f} MB each way in {elapsed(start)}: {kills} kills of the client; {said[:300]} {fault}")
+        print(f"{size / 1e6:.0f} MB each way in {elapsed(start)}: {kills} kills of the client; {said[-1200:]} {fault}")
         return fault or said, pipe.returncode, kills
 
 

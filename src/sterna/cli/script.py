@@ -198,7 +198,7 @@ def wait(
     if ending + (match is not None) + (idle is not None) > 1:
         raise UsageError("Wait for one thing at a time: --exit, --match or --idle.")
     try:
-        pattern = re.compile(match) if match is not None else None
+        pattern = re.compile(match, re.MULTILINE) if match is not None else None
     except re.error as error:
         raise UsageError(f"{match!r} is no regular expression: {error}.") from None
     endpoint, wish, about = named_session(session, state=state, host=host, port=port)

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
-from sterna.client.conversation import Conversation, Happening, Plan, make_plan
+from sterna.client.conversation import Conversation, Happening, Plan, make_plan, usual_state
 from sterna.client.endpoint import Endpoint
 from sterna.client.session import Wish, make_machine
 from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
@@ -577,11 +577,13 @@ async def connect(  # noqa: PLR0913  # everything that the command line can say,
 
     `target` is a share link, an agent's name or a session's; without it the latest session with `agent`, the one called
     `name` (made if absent), or a `new` one, which `argv` and `cwd` (of the node's machine) make too. The node is this
-    machine's, that of the state directory `state`, or at `host` and `port` with access `token`; `link` names all of it.
-    `exact` gives every byte from position `output`, or the oldest kept; else what repaints the screen comes first.
-    `size` is our terminal's (columns, rows), if there is one; `displace` ends all other attachments; `timeout` is in
-    seconds. `on_event` gets every Gap, Uncertain, Trouble and Notice. Raises SternaError with what to do.
+    machine's, that of the state directory `state` (else $STERNA_STATE), or at `host` and `port` with access `token`;
+    `link` names all of it. `exact` gives every byte from position `output`, or the oldest kept; else what repaints the
+    screen comes first. `size` is our terminal's (columns, rows), if there is one; `displace` ends all other
+    attachments; `timeout` is in seconds. `on_event` gets every Gap, Uncertain, Trouble and Notice. Raises SternaError
+    with what to do.
     """
+    state = usual_state(state)
     try:
         async with asyncio.timeout(timeout):
             plan = await asyncio.to_thread(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from sterna.client.conversation import Conversation, Happening, make_plan
+from sterna.client.conversation import Conversation, Happening, make_plan, usual_state
 from sterna.client.driver import PollDriver
 from sterna.client.endpoint import Endpoint
 from sterna.client.session import make_machine
@@ -271,6 +271,7 @@ def connect(  # noqa: PLR0913  # everything that the command line can say, by na
 
     Raises SternaError with what to do, and TimeoutError after `timeout` seconds.
     """
+    state = usual_state(state)
     plan = make_plan(
         target, agent=agent, name=name, new=new, state=state, host=host, port=port, link=link, token=token, argv=argv,
         cwd=cwd,

@@ -5,6 +5,7 @@ No loop: `sterna.client.aio` and `sterna.client.blocking` drive it, each in its 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -32,6 +33,11 @@ HAPPENINGS_MAX = 1_000
 
 Happening = Gap | Uncertain | Trouble | Notice
 """What a program may want to know beside the bytes; see the classes in `sterna.protocol.client`."""
+
+
+def usual_state(state: str | None) -> str | None:
+    """Returns the state directory that is meant: the one given, else $STERNA_STATE, else None for the usual place."""
+    return state if state is not None else os.environ.get("STERNA_STATE") or None
 
 
 class Plan:

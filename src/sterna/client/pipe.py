@@ -224,7 +224,7 @@ class Pipe:
         if close is None:
             return 1 if self._leaving is None else self._leaving
         if close.status is None and close.signal is None:
-            self._say(f"The session ended: {close.reason}")
+            self._say(f"The session ended: {close.reason}" if close.reason else "The session was closed.")
             return 1
         if self._faulty:
             return 1

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sterna import limits, paths
 from sterna.clock import SYSTEM_CLOCK
@@ -17,6 +17,7 @@ from sterna.journal.journal import Journal
 from sterna.node.calls import Calls
 from sterna.node.clients import ClientConnection
 from sterna.node.config import NodeConfig
+from sterna.node.database import CUT_BYTES
 from sterna.node.doorkeeper import Doorkeeper
 from sterna.node.pods import Pod, PodRegistry, Port
 from sterna.node.store import Store
@@ -30,17 +31,18 @@ from sterna.transport.ticker import Ticker
 from sterna.trust.local import create_local_token
 from sterna.trust.node_identity import NodeIdentity
 from sterna.trust.tokens import Access, TokenFile, TokenKey
-from sterna.units import SECOND
+from sterna.units import MILLISECOND, SECOND
 
 log = logging.getLogger("sterna.node")
 
 LOCAL_SOCKET = "node.sock"
 _SWEEP_SECONDS = 1.0
-_EVICT_EVERY = 10
+_EVICT_EVERY = 5
 _HOUSEKEEP_EVERY = 60
 _RENEW_EVERY = 86_400
 _DEAD_AFTER = 3
 _DRAIN_SECONDS = 5.0
+_SLICE = 4 * MILLISECOND
 
 
 class Node:
@@ -77,7 +79,8 @@ class Node:
         self._tls: Listener | None = None
         self._sweeps = 0
         self._timer: asyncio.TimerHandle | None = None
-        self.draining = False
+        self._checkpointing: asyncio.Future[bool] | None = None
+        self.draining = self._closed = False
         self.stop_requested = asyncio.Event()
         self._all_gone = asyncio.Event()
         self.started = SYSTEM_CLOCK.wall()
@@ -177,19 +180,42 @@ class Node:
 
     def _sweep(self) -> None:
         """Once a second: late handshakes end; more rarely: dead peers, cold sessions, retention, certificates."""
+        self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
         self._sweeps += 1
         now = SYSTEM_CLOCK.monotonic()
         self.reactor.run(self._late, now)
         if self._sweeps % _EVICT_EVERY == 0:
             self.reactor.run(self._check_peers, now)
-            self.table.evict(self.config.cold_seconds * SECOND, now, park)
+            self._evict(iter(self.table.cold(self.config.cold_seconds * SECOND, now)))
         if self._sweeps % _HOUSEKEEP_EVERY == 0:
-            self.table.purge()
-            self.reactor.loop.run_in_executor(None, self.store.checkpoint)
+            self._purge()
+        if self._sweeps % _HOUSEKEEP_EVERY == 0 or self.store.wal_bytes() > CUT_BYTES:
+            self._checkpoint()
         if self._sweeps % _RENEW_EVERY == 0 and self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
             assert self._tls is not None
             self._tls.context = self.identity.server_context(certificate=self.config.tls_cert, key=self.config.tls_key)
-        self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
+
+    def _checkpoint(self) -> None:
+        """Brings the store onto the disk beside the loop; a log that grew long meanwhile would hold writers up."""
+        if self._checkpointing is None or self._checkpointing.done():
+            self._checkpointing = self.reactor.loop.run_in_executor(None, self.store.checkpoint)
+            self._checkpointing.add_done_callback(_log_failure)
+
+    def _evict(self, cold: Iterator[Session]) -> None:
+        """Takes cold sessions out of memory, a few milliseconds long; the rest in later turns of the loop."""
+        idle = self.config.cold_seconds * SECOND
+        began = now = SYSTEM_CLOCK.monotonic()
+        for session in () if self._closed else cold:
+            self.table.evict(session, idle, now, park)
+            now = SYSTEM_CLOCK.monotonic()
+            if now - began > _SLICE:
+                self.reactor.loop.call_soon(self._evict, cold)
+                return
+
+    def _purge(self) -> None:
+        """Forgets what is older than the retention time, a batch in each turn of the loop."""
+        if not self._closed and self.table.purge():
+            self.reactor.loop.call_soon(self._purge)
 
     def _late(self, now: int) -> None:
         deadline = now - limits.HANDSHAKE_SECONDS * SECOND
@@ -237,6 +263,7 @@ class Node:
 
     async def close(self) -> None:
         """Stops at once; sessions and pods stay."""
+        self._closed = True
         for listener in self._listeners:
             listener.close()
         if self._timer is not None:
@@ -249,6 +276,11 @@ class Node:
             os.unlink(self._local_path)
         self.store.close()
         self.journal.close()
+
+
+def _log_failure(checkpoint: asyncio.Future[bool]) -> None:
+    if not checkpoint.cancelled() and checkpoint.exception() is not None:
+        log.error("the store could not be written", extra={"reason": str(checkpoint.exception())})
 
 
 def park(session: Session) -> None:

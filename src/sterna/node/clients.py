@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import Code, ProtocolError, RefusedError, SternaError
+from sterna.errors import Code, ProtocolError, RefusedError, SternaError, StorageError
 from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_label
 from sterna.node.doorkeeper import Visitor
 from sterna.node.store import SessionRow
@@ -212,9 +212,7 @@ class ClientConnection:
         if self.node.draining:
             raise RefusedError(Code.DRAINING, "This node is being drained.", retry_after=5.0)
         attachment_id = AttachmentId(body.attachment)
-        with self.node.store.transaction():
-            row, created = self._enter(visitor, body, attachment_id)
-        session = self.node.table.load(row.number)
+        session, created = self._entered(visitor, body, attachment_id)
         if session is None:
             raise RefusedError(Code.ENDED, "This session was closed.")
         attachment = self._attachment(handle, attachment_id, visitor.device, body.mode, clean_label(body.label))
@@ -229,6 +227,22 @@ class ClientConnection:
 
         opening = self._fresh_open(session, body) if created else None
         self.node.registry.ensure(session, ready, fresh=opening)
+
+    def _entered(
+        self, visitor: Visitor, body: ConnectBody, attachment_id: AttachmentId
+    ) -> tuple[Session | None, bool]:
+        """Does `_enter` and loads the session; where the disk fails, nothing of a new one is left."""
+        table, begun = self.node.table, 0
+        try:
+            with self.node.store.transaction():
+                row, created = self._enter(visitor, body, attachment_id)
+                begun = row.number if created else 0
+                session = table.load(row.number)
+        except StorageError:
+            if begun:
+                table.discard(begun)
+            raise
+        return session, created
 
     def _enter(self, visitor: Visitor, body: ConnectBody, attachment_id: AttachmentId) -> tuple[SessionRow, bool]:
         """Returns the session that a CONNECT is about and whether it is new, and stores the attachment.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from fnmatch import fnmatchcase
 
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import Code, ProtocolError, RefusedError, TrustError
+from sterna.errors import Code, ProtocolError, RefusedError, StorageError, TrustError
 from sterna.ids import AttachmentId, DeviceId, NodeId, check_agent
 from sterna.node.store import AttachmentRow, Store
 from sterna.protocol import messages
@@ -16,6 +17,8 @@ from sterna.trust import device as device_keys
 from sterna.trust.tickets import ticket_hash
 from sterna.trust.tokens import Access
 from sterna.units import SECOND
+
+log = logging.getLogger("sterna.node.doorkeeper")
 
 _DENIED = "Access denied: the token, ticket or key is not valid for this."
 _MINUTE = 60 * SECOND
@@ -61,6 +64,7 @@ class Doorkeeper:
         self._store = store
         self._revoked = store.revoked_tokens()
         self._failures: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._spent: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
         self.denied = 0
 
     # ---- the brake ---------------------------------------------------------------------------------------------
@@ -149,16 +153,32 @@ class Doorkeeper:
             raise RefusedError(Code.REVOKED, "This device was revoked.")
         if body.min > messages.VERSION or body.max < messages.VERSION - 1:
             raise RefusedError(Code.VERSION, f"This node speaks protocol version {messages.VERSION}.")
-        if body.counter <= row.counter:
-            if row.race and body.race == row.race:
+        counter, race = max((row.counter, row.race), self._spent.get(body.attachment, (0, b"")))
+        if body.counter <= counter:
+            if race and body.race == race:
                 raise RefusedError(Code.SUPERSEDED, "Another connection of this attachment was faster.")
-            raise RefusedError(Code.STALE, "This counter was used before.", value=row.counter)
-        if body.race == row.race:
+            raise RefusedError(Code.STALE, "This counter was used before.", value=counter)
+        if body.race == race:
             raise RefusedError(Code.SUPERSEDED, "Another connection of this attachment was faster.")
         if body.counter > limits.POSITION_MAX or len(body.race) != 16:
             raise RefusedError(Code.DENIED, _DENIED)
-        self._store.spend_counter(AttachmentId(body.attachment), body.counter, body.race, SYSTEM_CLOCK.wall())
+        self._spend(body)
         return row
+
+    def _spend(self, body: ResumeBody) -> None:
+        """Stores a counter so that its RESUME is good for nothing more; on a full disk it is remembered in memory.
+
+        Whoever lost the connection is let in to make room; the node's death would make a recorded RESUME good again,
+        but those travel within TLS only.
+        """
+        self._spent.pop(body.attachment, None)
+        try:
+            self._store.spend_counter(AttachmentId(body.attachment), body.counter, body.race, SYSTEM_CLOCK.wall())
+        except StorageError as error:
+            log.error("counter not stored", extra={"reason": str(error)})
+            self._spent[body.attachment] = body.counter, body.race
+            if len(self._spent) > limits.CONNECTIONS_MAX:
+                self._spent.popitem(last=False)
 
     def revoke_token(self, token: str) -> None:
         """Refuses a token from now on."""

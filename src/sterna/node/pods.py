@@ -8,13 +8,14 @@ import logging
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from asyncinotify import Inotify, Mask
 
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import Code, ProtocolError
+from sterna.errors import Code, SternaError
 from sterna.ids import split_socket_name
 from sterna.node.table import SessionTable
 from sterna.protocol import messages
@@ -32,7 +33,7 @@ log = logging.getLogger("sterna.node.pods")
 Ready = Callable[[str], None]
 """Called once a session is open at its pod (""), or with the reason why it is not."""
 
-_OPEN_BATCH = 200
+_OPEN_BATCH = 32
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _GONE_SECONDS = 3.0
 _DATA, _ACK, _EXIT = int(Type.DATA), int(Type.ACK), int(Type.EXIT)
@@ -121,7 +122,8 @@ class PodConnection:
         try:
             for frame in link.receive(data):
                 self._frame(frame, now)
-        except ProtocolError as error:
+        except SternaError as error:
+            # Whatever it sent that could not be dealt with is this pod's fault and nobody else's.
             log.warning("pod broke the protocol", extra={"pod": self.pod.name, "reason": str(error)})
             link.fail(error.code, str(error))
         link.check()
@@ -194,7 +196,12 @@ class PodConnection:
                 session = self._table.load(number)
             if session is not None:
                 self._handles[handle] = session
-                self._table.opened(session, Port(self, handle), opened, now)
+                try:
+                    self._table.opened(session, Port(self, handle), opened, now)
+                except SternaError:
+                    for ready in waiting:
+                        ready("The agent's answer made no sense.")
+                    raise
         for ready in waiting:
             ready(reason)
 
@@ -226,6 +233,7 @@ class Pod:
         self._tries = 0
         self._timer: asyncio.TimerHandle | None = None
         self._absent_since = 0.0
+        self._since = 0.0
         self._waiting: list[Callable[[PodConnection | None], None]] = []
         self.gone = False
         self.kind: messages.Kind = "pty"
@@ -247,10 +255,17 @@ class Pod:
         except OSError as error:
             self._absent(error)
             return
-        self._tries = 0
-        self._absent_since = 0.0
-        self.connection = PodConnection(self, self.registry.reactor, sock)
-        self.connection.pump.start()
+        loop = self.registry.reactor.loop
+        self._since, self._absent_since = loop.time(), 0.0
+        connection = self.connection = PodConnection(self, self.registry.reactor, sock)
+        connection.pump.start()
+        loop.call_later(limits.HANDSHAKE_SECONDS, self._expect_hello, connection)
+
+    def _expect_hello(self, connection: PodConnection) -> None:
+        """Gives up a connection on which nobody has greeted in time; those who wait for the pod learn it."""
+        if connection is self.connection and connection.hello is None:
+            connection.pump.abort("it does not greet")
+            self.registry.reactor.run(self._tell, None)
 
     def _dial(self) -> socket.socket:
         """Returns a connection to the socket, after checking who owns and who serves it."""
@@ -300,31 +315,28 @@ class Pod:
         assert connection.hello is not None
         self.kind = connection.hello.kind
         self._tell(connection)
-        self.registry.reactor.loop.call_soon(self._reopen, connection, 0)
+        self.registry.reopen(connection)
 
     def _tell(self, connection: PodConnection | None) -> None:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback(connection)
 
-    def _reopen(self, connection: PodConnection, after: int) -> None:
-        """Opens a batch of the sessions that this pod should have; the rest in later turns of the loop."""
+    def reopen(self, connection: PodConnection, after: int) -> int:
+        """Opens a batch of the sessions that this pod should have, numbered above `after`; returns the last one's
+        number, 0 when there are no more.
+        """
         if connection is not self.connection or connection.pump.closed:
-            return
+            return 0
         table = self.registry.table
         batch = table.living(self.tenant, self.agent, after, _OPEN_BATCH)
-
-        def send() -> None:
-            for number in batch:
-                session = table.loaded(number)
-                if session is None or session.port is None:
-                    request = table.open_request(number)
-                    if request is not None:
-                        connection.open(number, request, None)
-
-        self.registry.reactor.run(send)
-        if len(batch) == _OPEN_BATCH:
-            self.registry.reactor.loop.call_later(0.001, self._reopen, connection, batch[-1])
+        for number in batch:
+            session = table.loaded(number)
+            if session is None or session.port is None:
+                request = table.open_request(number)
+                if request is not None:
+                    connection.open(number, request, None)
+        return batch[-1] if len(batch) == _OPEN_BATCH else 0
 
     def lost(self, connection: PodConnection, reason: str) -> None:
         """Looks at once whether the pod is still there."""
@@ -332,7 +344,13 @@ class Pod:
             self.connection = None
             log.info("pod disconnected", extra={"pod": self.name, "reason": reason})
             if not self.gone and not self.registry.closing:
-                self._timer = self.registry.reactor.loop.call_later(0, self.connect)
+                loop = self.registry.reactor.loop
+                # One that ends every connection at once is asked ever more rarely.
+                if loop.time() - self._since >= _RETRY_SECONDS[-1]:
+                    self._tries = 0
+                delay = _RETRY_SECONDS[min(self._tries, len(_RETRY_SECONDS)) - 1] if self._tries else 0.0
+                self._tries += 1
+                self._timer = loop.call_later(delay, self.connect)
 
     def when_ready(self, callback: Callable[[PodConnection | None], None]) -> None:
         """Calls back with the connection once the pod has greeted, or with None when it is given up."""
@@ -378,6 +396,7 @@ class PodRegistry:
         self._task: asyncio.Task[None] | None = None
         self._started = 0.0
         self._arrivals: dict[tuple[str, str], list[Callable[[], None]]] = {}
+        self._reopening: deque[tuple[PodConnection, int]] = deque()
 
     def trusts(self, uid: int, tenant: str) -> bool:
         """Tells whether a user may serve agents of a tenant."""
@@ -431,6 +450,28 @@ class PodRegistry:
         if self._pods.get((pod.tenant, pod.agent)) is pod:
             del self._pods[(pod.tenant, pod.agent)]
         self.table.agent_gone(pod.tenant, pod.agent, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
+
+    def reopen(self, connection: PodConnection) -> None:
+        """Begins to open a pod's known sessions: one batch of one pod in each turn of the loop, however many there are."""
+        self._reopening.append((connection, 0))
+        if len(self._reopening) == 1:
+            self.reactor.loop.call_soon(self._reopen_some)
+
+    def _reopen_some(self) -> None:
+        if self.closing:
+            return
+        connection, after = self._reopening[0]
+        try:
+            self.reactor.run(self._reopen_batch, connection, after)
+        finally:
+            self._reopening.popleft()
+            if self._reopening:
+                self.reactor.loop.call_soon(self._reopen_some)
+
+    def _reopen_batch(self, connection: PodConnection, after: int) -> None:
+        last = connection.pod.reopen(connection, after)
+        if last:
+            self._reopening.append((connection, last))
 
     def ensure(self, session: Session, ready: Ready, *, fresh: messages.Open | None = None) -> None:
         """Sees to it that a session is open at its pod, then calls `ready`; after a short grace it says why not."""

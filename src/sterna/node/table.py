@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ParamSpec, Protocol
 
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sterna.node.sessions")
 
+P = ParamSpec("P")
 _READ_BYTES = 65_536
 _LIVING = (State.CONNECTING, State.ACTIVE, State.SUSPENDED)
-_LOST_BATCH = 500
+_LOST_BATCH = 32
 _HELD_BYTES = 16 * limits.WINDOW_BYTES
 
 
@@ -172,14 +173,39 @@ class SessionTable:
             self._new_log(session, opened.base)
             session.pod_opened(port, opened, now)
         if session.state is not before:
-            self.store.set_state(session.id, session.state, SYSTEM_CLOCK.wall())
+            self._keep(self.store.set_state, session.id, session.state, SYSTEM_CLOCK.wall())
 
     def _new_log(self, session: Session, start: int) -> None:
         session.log_id = self.store.next_log_id()
-        self.store.set_log(session.id, session.log_id)
+        self._keep(self.store.set_log, session.id, session.log_id)
         getattr(session.log, "release", lambda: None)()
         self.journal.remove(session.id)
-        session.log = self.journal.create(session.id, ring_bytes=self._ring, spill_bytes=self._spill, start=start)
+        try:
+            session.log = self.journal.create(session.id, ring_bytes=self._ring, spill_bytes=self._spill, start=start)
+        except StorageError:
+            session.log = MemoryLog(session.id, start=start)
+
+    def discard(self, number: int) -> None:
+        """Forgets a session that was begun but could not be stored."""
+        session = self._hot.get(number)
+        if session is not None:
+            getattr(session.log, "release", lambda: None)()
+            self._drop(session)
+        if number in self.journal:
+            self.journal.remove(number)
+
+    def _keep(self, write: Callable[P, object], *args: P.args, **more: P.kwargs) -> bool:
+        """Stores something about a session that goes on even if the disk is full; returns whether it is stored.
+
+        What is missing then is found out anew after the node's next start: from the pod, or from the journal.
+        """
+        try:
+            write(*args, **more)
+        except StorageError as error:
+            self.storage_failures += 1
+            log.error("session not stored", extra={"reason": str(error)})
+            return False
+        return True
 
     def refused(self, number: int, reason: str, now: int) -> None:
         """Forgets a session whose program could not be started."""
@@ -219,14 +245,17 @@ class SessionTable:
         assert ended is not None
         lanes = messages.pack(session.lane_states())
         wall = SYSTEM_CLOCK.wall()
-        self.store.set_end(session.id, int(ended.code), ended.reason, ended.status, ended.signal, lanes, wall)
+        stored = self._keep(
+            self.store.set_end, session.id, int(ended.code), ended.reason, ended.status, ended.signal, lanes, wall
+        )
         if session.final:
-            self.store.set_final(session.id, session.final)
+            self._keep(self.store.set_final, session.id, session.final)
         log.info("session ended", extra={"session": session.name, "status": ended.status, "signal": ended.signal})
-        session.release()
+        if stored:
+            session.release()  # else the pod is to say it again after the next start
 
     def _closed(self, session: Session) -> None:
-        self.store.close_session(session.id, SYSTEM_CLOCK.wall())
+        self._keep(self.store.close_session, session.id, SYSTEM_CLOCK.wall())
         getattr(session.log, "release", lambda: None)()
         self.journal.remove(session.id)
         self._drop(session)
@@ -242,8 +271,8 @@ class SessionTable:
     def store_state(self, session: Session) -> None:
         """Stores whether somebody is attached, when that changed."""
         if session.ended is None and self._stored.get(session.id) is not session.state:
-            self._stored[session.id] = session.state
-            self.store.set_state(session.id, session.state, SYSTEM_CLOCK.wall())
+            if self._keep(self.store.set_state, session.id, session.state, SYSTEM_CLOCK.wall()):
+                self._stored[session.id] = session.state
 
     # ---- what pods need ----------------------------------------------------------------------------------------
 
@@ -270,27 +299,32 @@ class SessionTable:
 
     # ---- housekeeping ------------------------------------------------------------------------------------------
 
-    def evict(self, idle: int, now: int, parker: Callable[[Session], None]) -> int:
-        """Takes sessions out of memory that nobody is attached to and that were quiet for `idle` nanoseconds; returns
-        how many.
-        """
-        cold: list[Session] = []
-        for number, session in self._hot.items():
-            if session.attachments or session.state is State.CONNECTING or isinstance(session.log, MemoryLog):
-                self._used[number] = now
-            elif session.log.end != self._ends.get(number):
-                self._ends[number] = session.log.end
-                self._used[number] = now
-            elif now - self._used[number] >= idle:
-                cold.append(session)
-        for session in cold:
-            parker(session)
-            packer = getattr(session.log, "pack", None)
-            if packer is not None:
-                packer()
-            getattr(session.log, "release", lambda: None)()
-            self._drop(session)
-        return len(cold)
+    def cold(self, idle: int, now: int) -> list[Session]:
+        """Returns the sessions in memory that nobody is attached to and that were quiet for `idle` nanoseconds."""
+        return [session for session in self._hot.values() if self._is_cold(session, idle, now)]
+
+    def _is_cold(self, session: Session, idle: int, now: int) -> bool:
+        number, end = session.id, session.log.end
+        if session.attachments or session.state is State.CONNECTING or isinstance(session.log, MemoryLog):
+            self._used[number] = now
+        elif end != self._ends.get(number):
+            self._ends[number] = end
+            self._used[number] = now
+        else:
+            return now - self._used[number] >= idle
+        return False
+
+    def evict(self, session: Session, idle: int, now: int, parker: Callable[[Session], None]) -> bool:
+        """Takes a session out of memory if it is still cold, after `parker` has seen it; returns whether it was."""
+        if self._hot.get(session.id) is not session or not self._is_cold(session, idle, now):
+            return False
+        parker(session)
+        packer = getattr(session.log, "pack", None)
+        if packer is not None:
+            packer()
+        getattr(session.log, "release", lambda: None)()
+        self._drop(session)
+        return True
 
     def purge(self) -> int:
         """Forgets what is older than the retention time; returns how many sessions."""

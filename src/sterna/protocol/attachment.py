@@ -70,12 +70,13 @@ class Attachment:
     """One client process or browser tab, connected now.
 
     `cursor` is the next output position to send, `acked` what the client has handled; `waiting` holds output back until
-    a snapshot came; `laggard` means that it no longer paces the agent. `answers` says that a terminal is there.
+    a snapshot came, of which `parts` parts are sent; `laggard` means that it no longer paces the agent. `answers` says
+    that a terminal is there.
     """
 
     __slots__ = (
         "acked", "answers", "closing", "cols", "cursor", "device", "exact", "handle", "id", "label", "lane", "laggard",
-        "link", "lost", "mode", "progress", "resync", "rows", "session", "waiting", "window",
+        "link", "lost", "mode", "parts", "progress", "resync", "rows", "session", "waiting", "window",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +95,7 @@ class Attachment:
         self.window = limits.WINDOW_BYTES
         self.waiting = self.laggard = self.resync = self.closing = False
         self.progress = 0
+        self.parts = 0
         self.lost: Lost | None = None
         self.lane: Lane | None = None
         self.session: Session | None = None

@@ -30,6 +30,7 @@ _FATAL = frozenset(
         Code.DISPLACED, Code.LIMIT, Code.MOVED,
     )
 )  # fmt: skip
+_FATAL_AT_FIRST = frozenset((Code.STORAGE, Code.RATE_LIMITED))
 
 
 class Dial:
@@ -724,7 +725,7 @@ class ClientMachine:
             if not self._asking():
                 self._race_id = b""
                 self._suspect(now, error.message)
-        elif code in _FATAL:
+        elif code in _FATAL or (not self.uid and code in _FATAL_AT_FIRST):
             self._drop(connection)
             self._fail(
                 RefusedError(

@@ -25,6 +25,7 @@ _SIGNAL = int(Type.SIGNAL)
 _STILL = limits.STILL_SECONDS * SECOND
 _HELD_BYTES = limits.RING_BYTES // 2
 _NEVER = 1 << 63
+_PARTS_MAX = limits.SNAPSHOT_MAX_BYTES // limits.SNAPSHOT_PART_BYTES + 1
 
 
 class Session:
@@ -180,6 +181,8 @@ class Session:
         position = int.from_bytes(payload, "big")
         if position < lane.handled:
             return
+        if position > limits.POSITION_MAX:
+            raise ProtocolError(Code.PROTOCOL, f"input position {position} was acknowledged, which none can have")
         lane.handled = position
         # What the pod had in hand when its connection was lost is acknowledged on the next one.
         lane.next = max(lane.next, position)
@@ -195,6 +198,9 @@ class Session:
         attachment = self._captures.get(part.token)
         if attachment is None:
             return
+        if part.part != attachment.parts or part.part >= _PARTS_MAX or part.position > self.log.end:
+            raise ProtocolError(Code.BAD_PAYLOAD, "the parts of a snapshot are out of order, too many, or too early")
+        attachment.parts += 1
         lost = None
         if part.part == 0 and attachment.lost is not None:
             lost = Lost(attachment.lost.start, max(part.position, attachment.lost.start))
@@ -585,7 +591,7 @@ class Session:
         assert port is not None
         self._token += 1
         self._captures[self._token] = attachment
-        attachment.waiting = True
+        attachment.waiting, attachment.parts = True, 0
         port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token))
 
     def _farewell(self) -> messages.Close:

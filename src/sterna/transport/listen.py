@@ -10,7 +10,7 @@ import socket
 import ssl
 import stat
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from sterna import limits
@@ -19,6 +19,10 @@ from sterna.transport.pump import Reactor
 
 _ACCEPT_BATCH = 64
 _PAUSE_SECONDS = 0.1
+_ESTABLISHED = 1  # TCP_ESTABLISHED, tcp_states.h of Linux
+_HANDSHAKE = 22
+_RECORD_HEAD_BYTES = 5
+_RECORD_MAX_BYTES = 16 * 1024
 _UCRED = struct.Struct("iII")
 _NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _NOTSENT_BYTES = 64 * 1024
@@ -95,12 +99,44 @@ def peer_uid(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+def _first_record(sock: socket.socket) -> int:
+    """Returns the length of a connection's first TLS record while it is not whole, 0 once it is, -1 if it never will be.
+
+    A record has a type (22: handshake), two bytes of version, two of length (RFC 8446, section 5.1). A message spread over
+    several records is OpenSSL's to wait for.
+    """
+    try:
+        wanted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+        data = sock.recv(_RECORD_HEAD_BYTES + _RECORD_MAX_BYTES, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return 1
+    except OSError:
+        return -1
+    if len(data) < wanted or data[0] != _HANDSHAKE:
+        return -1
+    if len(data) < _RECORD_HEAD_BYTES:
+        return _RECORD_HEAD_BYTES
+    whole = _RECORD_HEAD_BYTES + int.from_bytes(data[3:5], "big")
+    if whole > _RECORD_HEAD_BYTES + _RECORD_MAX_BYTES:
+        return -1
+    return whole if len(data) < whole else 0
+
+
+def _gone(sock: socket.socket) -> bool:
+    """Tells whether a TCP peer has closed or reset its connection already (tcp(7), TCP_INFO: the state comes first)."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
+    except OSError:
+        return True
+
+
 class Listener:
     """Accepts connections of one listening socket.
 
-    With `context`, TLS begins only with a connection's first bytes, so one that never sends any costs no TLS state. Of
-    those without a proof (`proved` was not called) only so many are kept in total and per address: the oldest makes
-    room, because an honest client needs milliseconds.
+    With `context`, TLS begins only once a connection's whole first message is there, so one that sends nothing, or half
+    of it, costs no TLS state. Of those only so many are kept in total and per address: the oldest makes room, because
+    an honest client needs milliseconds. The others wait in line: a few handshakes begin in each turn of the loop, so that
+    thousands who come at once (the node was restarted) hold up nobody who is there already, and none is sent away.
     """
 
     def __init__(
@@ -122,6 +158,8 @@ class Listener:
         self._unproved_max = unproved_max
         self._seconds = seconds
         self._silent: OrderedDict[int, tuple[socket.socket, str, float]] = OrderedDict()
+        self._queue: deque[tuple[socket.socket, str]] = deque()
+        self._beginning = False
         self._count: dict[str, int] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self.evicted = 0
@@ -135,8 +173,13 @@ class Listener:
 
     @property
     def silent(self) -> int:
-        """How many connections have not sent a byte yet."""
+        """How many connections have not sent their first message yet."""
         return len(self._silent)
+
+    @property
+    def queued(self) -> int:
+        """How many connections wait for their TLS handshake to begin."""
+        return len(self._queue)
 
     def _ready(self) -> None:
         for _ in range(_ACCEPT_BATCH):
@@ -208,9 +251,41 @@ class Listener:
             self._evict(fd)
 
     def _spoke(self, fd: int) -> None:
+        whole = _first_record(self._silent[fd][0])
+        if whole > 0:
+            # Readable from now on when all of that is there, or when no more will come (socket(7), SO_RCVLOWAT).
+            self._silent[fd][0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, whole)
+            return
         sock, peer = self._release(fd)
+        if whole < 0:
+            sock.close()
+        elif len(self._queue) >= limits.HANDSHAKES_QUEUED_MAX:
+            self.evicted += 1
+            sock.close()
+        else:
+            self._queue.append((sock, peer))
+            if not self._beginning:
+                self._beginning = True
+                self._reactor.loop.call_soon(self._begin_some)
+
+    def _begin_some(self) -> None:
+        """Begins the handshakes of one turn of the loop, those first that wait longest."""
+        left = limits.HANDSHAKES_PER_TURN_MAX
+        while self._queue and left:
+            sock, peer = self._queue.popleft()
+            if _gone(sock):
+                sock.close()
+            else:
+                self._begin(sock, peer)
+                left -= 1
+        self._beginning = bool(self._queue)
+        if self._beginning:
+            self._reactor.loop.call_soon(self._begin_some)
+
+    def _begin(self, sock: socket.socket, peer: str) -> None:
         assert self.context is not None
         try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             tls = self.context.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
             )
@@ -227,5 +302,7 @@ class Listener:
             self._sock.close()
         for fd in list(self._silent):
             self._release(fd)[0].close()
+        while self._queue:
+            self._queue.popleft()[0].close()
         if self._sweep is not None:
             self._sweep.cancel()

@@ -36,6 +36,28 @@ class Owner(Protocol):
         """Learns, once, that the connection is over."""
 
 
+class _Nobody:
+    """Stands for the owner of a pump that has ended."""
+
+    __slots__ = ()
+
+    def received(self, pump: Pump, data: memoryview) -> None:
+        """Drops them."""
+
+    def drained(self, pump: Pump) -> None:
+        """Does nothing."""
+
+    def ended(self, pump: Pump, reason: str) -> None:
+        """Does nothing."""
+
+
+_NOBODY = _Nobody()
+
+
+def _ignore() -> None:
+    """Stands for the hook of a link whose pump has ended."""
+
+
 class Reactor:
     """What the pumps of one loop share: the read buffer and the list of those with something to send.
 
@@ -131,9 +153,9 @@ class Pump:
         return self._closed
 
     def start(self) -> None:
-        """Begins to read; the client's side of a TLS handshake speaks first."""
+        """Begins to read; in a TLS handshake the client speaks first, and a server's listener has seen that."""
         self._reactor.loop.add_reader(self._fd, self._readable)
-        if self._handshake and not getattr(self._sock, "server_side", True):
+        if self._handshake:
             self._reactor.run(self._shake)
 
     def _readable(self) -> None:
@@ -306,4 +328,9 @@ class Pump:
             self._drop_writer()
         self._pending = None
         self.link.closing = True
-        self.owner.ended(self, reason)
+        owner, self.owner = self.owner, _NOBODY
+        owner.ended(self, reason)
+        # Nothing of a connection that is over points back at its pump now: it leaves memory at once, TLS state and all,
+        # and not when the collector gets to the oldest objects, which is hours later.
+        self.link.wake = _ignore
+        self._on_open = None

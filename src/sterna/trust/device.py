@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from sterna import paths
-from sterna.errors import TrustError, UsageError
+from sterna.errors import StorageError, TrustError, UsageError
 from sterna.ids import NODE_ID_BYTES, DeviceId, NodeId
 from sterna.limits import PAYLOAD_MAX_BYTES, POSITION_MAX
 from sterna.trust.keyfile import load_ed25519
@@ -145,7 +145,12 @@ def next_counter(directory: str, wall_ns: int) -> int:
         value = max(_stored_counter(path) + 1, wall_ns)
         if value > POSITION_MAX:
             raise TrustError(f"The counter in {path} is used up: remove it and {KEY_FILE} to get a new identity.")
-        paths.atomic_write(path, b"%d\n" % value)
+        try:
+            paths.atomic_write(path, b"%d\n" % value)
+        except StorageError:
+            # On a full disk the wall clock has to do: nobody is kept from a session that could make room.
+            if value != wall_ns:
+                raise
         return value
 
 
