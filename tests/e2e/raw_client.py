@@ -115,6 +115,11 @@ class Raw:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # A test that fails in the middle is to be told for its own reason, not for what it left open.
+        if hasattr(self, "sock"):
+            self.sock.close()
+
     def close(self) -> None:
         """Closes the connection."""
         self.sock.close()

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.exact_rig import ByteCutProxy, Duplex, elapsed, new_seed, size_of, start_node
 from tests.e2e.rig import Rig
 
-CUTS = 110
+CUTS = 150
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
 
 @pytest.mark.timeout(700)
 def test_every_byte_arrives_once_through_a_hundred_cuts() -> None:
-    fault, status, (lost, both) = run(25)
+    fault, status, (lost, both) = run(35)
     assert fault == ""
     assert status == 0
     assert lost >= 100

@@ -74,12 +74,13 @@ def styled_lines(rng: random.Random, size: int) -> bytes:
     """Lines with everything in them, `size` bytes of them to the byte."""
     words = ["word", "naïve", "数据", "cafe\u0301", "😀", "한국", "────", "x" * 30]
     out = bytearray()
-    while len(out) < size - 800:
+    while len(out) < size - 1_200:
         out += b"\x1b[%d;3%d;48;5;%dm" % (rng.randrange(5), rng.randrange(8), rng.randrange(256))
-        for _ in range(rng.randrange(1, 12)):
+        for _ in range(rng.randrange(9, 13)):
             out += b"\x1b[38;2;%d;%d;%dm" % tuple(rng.randrange(256) for _ in range(3))
             out += rng.choice(words).encode() + b" "
-        out += b"\x1b[m%d\r\n" % rng.randrange(10_000)
+        # Long but few, so that all of them fit into the scroll-back that a session keeps.
+        out += b"\x1b[m" * 60 + b"%d\r\n" % rng.randrange(10_000)
     return bytes(out) + b"." * (size - len(out) - 2) + b"\r\n"
 
 

@@ -192,12 +192,13 @@ def test_a_snapshot_that_cannot_come_any_more_is_replaced_by_an_empty_one() -> N
 
 
 def test_output_is_never_acknowledged_beyond_the_journal() -> None:
-    """Even a pod whose snapshot is ahead of its output does not make the node acknowledge what it has not got."""
+    """A pod whose snapshot is ahead of its output is refused, and the node acknowledges nothing that it has not got."""
     target, who = session(), attachment(exact=False)
     target.log.append(b"history")
     port = opened(target, features=("snapshot",))
     attach(target, who)
-    target.pod_snapshot(messages.Snapshot(5000, token=1), NOW)
+    with pytest.raises(ProtocolError):
+        target.pod_snapshot(messages.Snapshot(5000, token=1), NOW)
     target.pace(NOW + SECOND)
     target.handle_timeout(NOW + 2 * SECOND)
     assert all(f[2] <= target.log.end for f in sent(port.link) if f[0] == Type.ACK)

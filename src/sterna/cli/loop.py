@@ -14,8 +14,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Returns what the coroutine returns.
 
     What was imported so far lives as long as the process: taken out of the collector's sight, it costs no pauses. What
-    comes later is freed by counting references; the collector looks seldom, and at few objects at a time (30,000 of them
-    take some 15 ms).
+    comes later is freed by counting references; the collector looks seldom, and at few objects at a time (30,000 of
+    them take some 15 ms).
     """
     gc.collect()
     gc.freeze()

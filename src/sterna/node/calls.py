@@ -168,6 +168,8 @@ class Calls:
                 "kept": session.log.tail,
                 "log": session.log_id,
                 "epoch": session.epoch,
+                "cols": session.cols,
+                "rows": session.rows,
                 "attachments": [
                     {"label": a.label, "mode": a.mode, "device": a.device.hex()[:16], "cols": a.cols, "rows": a.rows}
                     for a in session.attachments.values()

@@ -228,9 +228,7 @@ class ClientConnection:
         opening = self._fresh_open(session, body) if created else None
         self.node.registry.ensure(session, ready, fresh=opening)
 
-    def _entered(
-        self, visitor: Visitor, body: ConnectBody, attachment_id: AttachmentId
-    ) -> tuple[Session | None, bool]:
+    def _entered(self, visitor: Visitor, body: ConnectBody, attachment_id: AttachmentId) -> tuple[Session | None, bool]:
         """Does `_enter` and loads the session; where the disk fails, nothing of a new one is left."""
         table, begun = self.node.table, 0
         try:

@@ -452,7 +452,9 @@ class PodRegistry:
         self.table.agent_gone(pod.tenant, pod.agent, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
 
     def reopen(self, connection: PodConnection) -> None:
-        """Begins to open a pod's known sessions: one batch of one pod in each turn of the loop, however many there are."""
+        """Begins to open a pod's known sessions: one batch of one pod in each turn of the loop, however many there
+        are.
+        """
         self._reopening.append((connection, 0))
         if len(self._reopening) == 1:
             self.reactor.loop.call_soon(self._reopen_some)

@@ -163,6 +163,9 @@ class ProgramRunner:
         if item.kind == _SIGNAL:
             self._signal(item.data)
         elif item.kind == _EOF:
+            # A stream's descriptor is closed here: a watch left on it would belong to the next program that gets its
+            # number.
+            self._write_off()
             item.data = self._program.eof(at_line_start=self._line_start)
             item.kind = int(Type.DATA)
         if item.kind != _SIGNAL and item.data:

@@ -37,9 +37,9 @@ class Session:
     """
 
     __slots__ = (
-        "_away", "_captures", "_read", "_token", "agent", "attachments", "ended", "epoch", "events", "final",
+        "_away", "_captures", "_read", "_token", "agent", "attachments", "cols", "ended", "epoch", "events", "final",
         "holding", "id", "intake", "kind", "lanes", "lanes_known", "log", "log_id", "name", "overwrite", "port",
-        "read_to", "spare", "state", "tenant", "typist", "uid",
+        "read_to", "rows", "spare", "state", "tenant", "typist", "uid",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +63,7 @@ class Session:
         self.agent = agent
         self.name = name
         self.epoch = 1
+        self.cols = self.rows = 0
         self.state = State.CONNECTING
         self.overwrite = True
         self.holding = False
@@ -97,6 +98,7 @@ class Session:
             )
         self.port = port
         self.lanes_known = True
+        self.cols, self.rows = opened.cols, opened.rows
         known = {AttachmentId(lane.attachment): lane.next for lane in opened.lanes}
         for lane_id, handled in known.items():
             lane = self.lanes.get(lane_id) or self.lanes.setdefault(lane_id, Lane(lane_id))
@@ -688,6 +690,7 @@ class Session:
     def _size(self, attachment: Attachment) -> None:
         port = self.port
         if port is not None and attachment.cols and attachment.rows:
+            self.cols, self.rows = attachment.cols, attachment.rows
             port.link.send_message(Type.RESIZE, port.handle, messages.Resize(attachment.cols, attachment.rows))
 
     def _audience(self) -> None:

@@ -100,10 +100,11 @@ def peer_uid(sock: socket.socket) -> tuple[int, int]:
 
 
 def _first_record(sock: socket.socket) -> int:
-    """Returns the length of a connection's first TLS record while it is not whole, 0 once it is, -1 if it never will be.
+    """Returns the length of a connection's first TLS record while it is not whole, 0 once it is, -1 if it never will
+    be.
 
-    A record has a type (22: handshake), two bytes of version, two of length (RFC 8446, section 5.1). A message spread over
-    several records is OpenSSL's to wait for.
+    A record has a type (22: handshake), two bytes of version, two of length (RFC 8446, section 5.1). A message spread
+    over several records is OpenSSL's to wait for.
     """
     try:
         wanted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
@@ -135,8 +136,8 @@ class Listener:
 
     With `context`, TLS begins only once a connection's whole first message is there, so one that sends nothing, or half
     of it, costs no TLS state. Of those only so many are kept in total and per address: the oldest makes room, because
-    an honest client needs milliseconds. The others wait in line: a few handshakes begin in each turn of the loop, so that
-    thousands who come at once (the node was restarted) hold up nobody who is there already, and none is sent away.
+    an honest client needs milliseconds. The others wait in line: a few handshakes begin in each turn of the loop, so
+    that thousands who come at once (the node was restarted) hold up nobody who is there already, and none is sent away.
     """
 
     def __init__(

@@ -1,0 +1,88 @@
+"""Runs a node without one of its checks, for the controls of the tests of races only.
+
+Usage: broken_node.py BREAK STATE SOCKETS PORT; BREAK is one of BREAKS.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from sterna.node.clients import ClientConnection
+from sterna.node.config import NodeConfig
+from sterna.node.doorkeeper import Doorkeeper
+from sterna.node.store import AttachmentRow, Store
+from sterna.protocol.attachment import Attachment
+from sterna.protocol.messages import ResumeBody, Signed
+from sterna.protocol.session import Session
+
+
+def forget_requests() -> None:
+    """Breaks CONNECT's memory: each repetition is a new request."""
+    Store.find_request = lambda self, *_args: None  # type: ignore[method-assign]  # that is the point
+
+
+def let_everybody_win() -> None:
+    """Breaks the race: neither counter nor race id is looked at."""
+
+    def resume(self: Doorkeeper, signed: Signed, body: ResumeBody) -> AttachmentRow:
+        row = self._store.attachment(body.attachment)  # type: ignore[arg-type]  # 16 bytes
+        assert row is not None
+        return row
+
+    Doorkeeper.resume = resume  # type: ignore[method-assign]  # that is the point
+
+
+def take_late_frames() -> None:
+    """Breaks displacement: frames of a connection that was displaced go to the session like any other."""
+    original, forget = ClientConnection._attached, Session._forget
+
+    def remember(self: Session, attachment: Attachment) -> None:
+        forget(self, attachment)
+        attachment.session = self
+
+    def attached(self: ClientConnection, attachment: Attachment, *args: Any) -> None:
+        session = attachment.session
+        current = session.attachments.get(attachment.id) if session is not None else None
+        original(self, current if current is not None else attachment, *args)
+
+    Session._forget = remember  # type: ignore[method-assign]  # that is the point
+    ClientConnection._attached = attached  # type: ignore[method-assign]  # the same
+
+
+def deliver_twice() -> None:
+    """Breaks the lane at the node: input that was forwarded before is forwarded again, under a new position."""
+    original = Session.client_input
+
+    def careless(self: Session, attachment: Attachment, kind: int, seq: int, payload: bytes, now: int) -> None:
+        lane = attachment.lane
+        if lane is not None and seq < lane.next:
+            seq = lane.next
+        original(self, attachment, kind, seq, payload, now)
+
+    Session.client_input = careless  # type: ignore[method-assign]  # that is the point
+
+
+BREAKS = {
+    "requests": forget_requests,
+    "race": let_everybody_win,
+    "late": take_late_frames,
+    "twice": deliver_twice,
+}
+
+
+
+def main() -> None:
+    from sterna.cli.loop import run
+    from sterna.cli.serve import serve_node
+
+    name, state, sockets, port = sys.argv[1:5]
+    BREAKS[name]()
+    config = NodeConfig(port=int(port), state=os.path.join(state, "node"), sockets=sockets)
+    os.makedirs(config.state, 0o700, exist_ok=True)
+    run(serve_node(config, lambda about: print(f"listening on {about.port}", flush=True)))
+
+
+if __name__ == "__main__":
+    main()
