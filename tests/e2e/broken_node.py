@@ -48,7 +48,7 @@ def take_late_frames() -> None:
         original(self, current if current is not None else attachment, *args)
 
     Session._forget = remember  # type: ignore[method-assign]  # that is the point
-    ClientConnection._attached = attached  # type: ignore[method-assign]  # the same
+    ClientConnection._attached = attached  # type: ignore[assignment,method-assign]  # the same
 
 
 def deliver_twice() -> None:
@@ -70,7 +70,6 @@ BREAKS = {
     "late": take_late_frames,
     "twice": deliver_twice,
 }
-
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from sterna.protocol import messages
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type, encode
 from sterna.protocol.link import Link
-from sterna.protocol.messages import Accept, ConnectBody, Error, ResumeBody, Resumed, Signed
+from sterna.protocol.messages import Accept, Close, ConnectBody, Error, ResumeBody, Resumed, Signed
 from sterna.trust.device import DeviceKey
 from sterna.trust.local import read_local_token
 from sterna.trust.pins import local_pin
@@ -221,15 +221,17 @@ class Raw:
         packed = messages.pack(body)
         return messages.pack(Signed(packed, self.device.sign(body.context, self.site.node_id, packed)))
 
-    def answer(self, handle: int) -> Accept | Resumed | Error | messages.Close:
+    def answer(self, handle: int) -> Accept | Resumed | Error | Close:
         """What comes on a handle that something was asked on; an ERROR for the whole connection also counts."""
-        shapes = {
-            Type.ACCEPT: Accept, Type.RESUMED: Resumed, Type.ERROR: Error, Type.CLOSE: messages.Close,
-        }  # fmt: skip
         while True:
-            kind, on, _, payload = self.until(*shapes)
+            kind, on, _, payload = self.until(Type.ACCEPT, Type.RESUMED, Type.ERROR, Type.CLOSE)
             if on in (handle, 0):
-                return messages.unpack(shapes[Type(kind)], payload)  # type: ignore[type-var]  # one of the four
+                break
+        if kind == Type.ACCEPT:
+            return messages.unpack(Accept, payload)
+        if kind == Type.RESUMED:
+            return messages.unpack(Resumed, payload)
+        return messages.unpack(Error, payload) if kind == Type.ERROR else messages.unpack(Close, payload)
 
     def connect(self, handle: int = 1, **changes: Any) -> Accept:
         """CONNECTs; it must be accepted."""
@@ -237,7 +239,7 @@ class Raw:
         assert isinstance(answer, Accept), answer
         return answer
 
-    def ask(self, handle: int = 1, **changes: Any) -> Accept | Resumed | Error | messages.Close:
+    def ask(self, handle: int = 1, **changes: Any) -> Accept | Resumed | Error | Close:
         """CONNECTs; returns whatever comes."""
         self.send(Type.CONNECT, handle, 0, self.signed(self.connect_body(**changes)))
         return self.answer(handle)
@@ -253,7 +255,7 @@ class Raw:
 
     def resume(
         self, handle: int, accept: Accept, attachment: bytes, **changes: Any
-    ) -> Accept | Resumed | Error | messages.Close:
+    ) -> Accept | Resumed | Error | Close:
         """RESUMEs; returns whatever comes."""
         self.send(Type.RESUME, handle, 0, self.signed(self.resume_body(accept, attachment, **changes)))
         return self.answer(handle)
@@ -309,9 +311,8 @@ class Pulse:
         assert not self.fault, self.fault
         assert len(self.times) >= 3
         p99 = sorted(self.times)[int(len(self.times) * 0.99)]
-        print(
-            f"beside it {len(self.times)} keys were echoed, p99 {p99 * 1000:.1f} ms, max {max(self.times) * 1000:.1f} ms"
-        )
+        slowest = max(self.times)
+        print(f"beside it {len(self.times)} keys were echoed, p99 {p99 * 1000:.1f} ms, max {slowest * 1000:.1f} ms")
         assert p99 < 1.0
 
 

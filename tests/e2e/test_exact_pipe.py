@@ -41,6 +41,15 @@ def test_a_terminal_agent_gets_a_usual_size(rig: Rig) -> None:
     assert "24 80" in done.stdout
 
 
+@pytest.mark.parametrize("typed", ["", "echo said\n"], ids=["nothing", "a line"])
+def test_the_end_of_input_ends_a_shell_that_sets_its_terminal_up_meanwhile(rig: Rig, typed: str) -> None:
+    """The end comes before, while or after bash changes the terminal's mode, which forgets what was typed before."""
+    for _ in range(5):
+        done = rig.sterna("pipe", "main", "--new", typed=typed)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not typed or "\nsaid" in done.stdout.replace("\r", "")
+
+
 def test_a_shared_descriptor_stays_blocking(rig: Rig) -> None:
     ours, theirs = os.pipe()
     try:

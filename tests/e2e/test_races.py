@@ -26,7 +26,13 @@ from tests.e2e.rig import Daemon, Rig, wait_for
 pytestmark = pytest.mark.xdist_group("races")
 
 # Says after each line how many bytes came so far, so that a byte too many or too few shows in every later answer.
-COUNT = "import sys\nn = 0\nfor line in sys.stdin.buffer:\n    n += len(line)\n    print(n, line.decode().strip(), flush=True)\n"
+COUNT = """
+import sys
+n = 0
+for line in sys.stdin.buffer:
+    n += len(line)
+    print(n, line.decode().strip(), flush=True)
+"""
 ROUNDS = 20
 
 
@@ -48,11 +54,11 @@ def at_site(broken: str = "") -> Iterator[Site]:
 class Counted:
     """What a client knows about its attachment to the counting agent, and how it checks that nothing is doubled."""
 
-    def __init__(self, site: Site, **changes: object) -> None:
+    def __init__(self, site: Site) -> None:
         self.site = site
         self.attachment = os.urandom(16)
         self.raw = site.client()
-        self.accept = self.raw.connect(agent="count", attachment=self.attachment, **changes)
+        self.accept = self.raw.connect(agent="count", attachment=self.attachment)
         self.sent = self.got = 0
         self.word = 0
 
@@ -171,7 +177,10 @@ def raced_resumes(site: Site) -> None:
         assert len(winners) == 1, f"{len(winners)} winners of one race"
         assert [answer.code for answer in losers] == [Code.SUPERSEDED]
         resumed = next(answer for answer in answers if isinstance(answer, Resumed))
-        assert (resumed.input, resumed.output) == (client.sent, client.got)
+        # What the agent has acknowledged may lag behind what it was given.
+        assert resumed.input is not None
+        assert resumed.input <= client.sent
+        assert resumed.output == client.got
         # The winner displaced who was there before; the loser displaced nobody, and nothing of it counts.
         assert displaced(holder, on)
         loser = raws[1 - raws.index(winners[0])]

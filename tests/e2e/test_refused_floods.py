@@ -97,7 +97,7 @@ def flood(site: Site, first: bytes, kept: int) -> list[socket.socket]:
 
 
 def test_ten_thousand_half_open_handshakes_of_each_kind(site: Site) -> None:
-    """Those that say nothing, half a ClientHello, or all of it and then nothing: few are kept, none for over 10 seconds."""
+    """Those that say nothing, half a ClientHello, or all of it: few are kept, none for longer than 10 seconds."""
     hello = client_hello(site)
     honest(site)
     before = open_files(site)
@@ -144,7 +144,7 @@ def test_a_hello_in_two_pieces_is_a_hello(site: Site, size: int) -> None:
 
 
 def test_a_handshake_that_stops_is_given_up_with_its_error(site: Site) -> None:
-    """After TLS nothing, half a frame, or only PINGs: ERROR `timeout` after 10 seconds; half a TLS handshake: silence."""
+    """After TLS nothing, half a frame, or only PINGs: ERROR `timeout` after 10 seconds; before it: silence."""
     hello = client_hello(site)
     with unharmed(site, 16):
         start = time.monotonic()

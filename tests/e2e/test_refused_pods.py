@@ -1,4 +1,4 @@
-"""Agents that misbehave on their socket never harm the sessions of others, the node, or the terminals of their users."""
+"""Agents that misbehave on their socket never harm the sessions of others, the node, or their users' terminals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELLO = encode(Type.HELLO, 0, 0, messages.pack(Hello(1, "pty", b"i" * 16, ["many
 
 
 class Rogue:
-    """An agent's end of the pod socket, in a thread: `behave` gets each connection of the node after it was accepted."""
+    """An agent's end of the pod socket, in a thread: `behave` gets each connection of the node."""
 
     def __init__(self, site: Site, name: str, behave: Callable[[Line], None]) -> None:
         self.path = os.fspath(site.rig.sockets / f"local_{name}")
@@ -105,11 +105,11 @@ class Line:
                 raise EndedError
             self.frames += self.link.receive(data)
 
-    def open(self, **answer: int) -> tuple[int, int]:
+    def open(self, after: int = 0, base: int = 0) -> tuple[int, int]:
         """Greets and takes the next session: its handle and that of its lane."""
         self.raw(HELLO)
         handle = self.until(Type.OPEN)[1]
-        self.say(Type.OPENED, handle, Opened(**{"next": 0, "base": 0, **answer}))
+        self.say(Type.OPENED, handle, Opened(after, base))
         return handle, self.until(Type.LANE)[1]
 
     def linger(self) -> None:
@@ -142,7 +142,9 @@ GARBAGE: dict[str, Callable[[Line], None]] = {
     "half a frame": lambda line: line.raw(HELLO[:20]),
     "two hellos": lambda line: line.raw(HELLO * 2 + b"x"),
     "bad hello": lambda line: line.raw(encode(Type.HELLO, 0, 0, b"\x81\xa7version\xa1x")),
-    "huge counts": lambda line: line.raw(encode(Type.OPENED, 1, 0, b"\x83\xa4next\x00\xa4base\x00\xa5lanes\xdd\xff\xff\xff\xff")),
+    "huge counts": lambda line: line.raw(
+        encode(Type.OPENED, 1, 0, b"\x83\xa4next\x00\xa4base\x00\xa5lanes\xdd\xff\xff\xff\xff")
+    ),
     "a thousand opened": lambda line: line.raw(
         HELLO + b"".join(encode(Type.OPENED, n, 0, messages.pack(Opened(n, n))) for n in range(1000))
     ),
@@ -150,11 +152,9 @@ GARBAGE: dict[str, Callable[[Line], None]] = {
 
 
 def test_garbage_from_a_pod_costs_little_and_harms_nobody(site: Site) -> None:
-    """Ten agents at once that end or break every connection: each is asked again ever more rarely, not in a tight loop."""
+    """Ten agents at once that end or break every connection: each is asked again ever more rarely."""
     with unharmed(site, 16), contextlib.ExitStack() as stack:
-        rogues = [
-            stack.enter_context(Rogue(site, f"garbage{n}", behave)) for n, behave in enumerate(GARBAGE.values())
-        ]
+        rogues = [stack.enter_context(Rogue(site, f"garbage{n}", behave)) for n, behave in enumerate(GARBAGE.values())]
         wait_for(lambda: all(rogue.connections >= 2 for rogue in rogues), name="the node to try again")
         cpu, start = cpu_seconds(site.pid), time.monotonic()
         tries = [rogue.connections for rogue in rogues]
@@ -197,12 +197,12 @@ def wrong_ack(line: Line) -> None:
 
 
 def opened_beyond(line: Line) -> None:
-    line.open(next=2**62, base=2**62)
+    line.open(2**62, 2**62)
     line.linger()
 
 
 def opened_backwards(line: Line) -> None:
-    line.open(next=0, base=2**63 - 1)
+    line.open(0, 2**63 - 1)
     line.linger()
 
 

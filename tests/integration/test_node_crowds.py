@@ -20,13 +20,12 @@ from sterna.node.app import Node
 from sterna.node.clients import ClientConnection
 from sterna.node.config import NodeConfig
 from sterna.pod.serve import AgentSession, serve
-from sterna.protocol.link import Link
 from sterna.protocol.session import Session
 from sterna.transport.listen import Listener, tcp_socket
 from sterna.transport.pump import Pump, Reactor
 
 SECONDS = 20.0
-KINDS = (ClientConnection, Link, Pump, Session)
+KINDS = (ClientConnection, Pump, Session)
 
 
 @asynccontextmanager

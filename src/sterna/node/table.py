@@ -270,9 +270,11 @@ class SessionTable:
 
     def store_state(self, session: Session) -> None:
         """Stores whether somebody is attached, when that changed."""
-        if session.ended is None and self._stored.get(session.id) is not session.state:
-            if self._keep(self.store.set_state, session.id, session.state, SYSTEM_CLOCK.wall()):
-                self._stored[session.id] = session.state
+        number, state = session.id, session.state
+        if session.ended is not None or self._stored.get(number) is state:
+            return
+        if self._keep(self.store.set_state, number, state, SYSTEM_CLOCK.wall()):
+            self._stored[number] = state
 
     # ---- what pods need ----------------------------------------------------------------------------------------
 

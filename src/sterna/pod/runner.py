@@ -22,6 +22,8 @@ _SHORT_BYTES = 2_048
 _IDLE_SECONDS = 0.25
 _ESCALATE_SECONDS = 3.0
 _ENDED_POLL_SECONDS = 0.02
+_EOF_AGAIN_SECONDS = 0.3
+_EOF_AGAIN_MAX_SECONDS = 5.0
 _BACKLOG_MAX_BYTES = 1024 * 1024
 _EOF = int(Type.EOF)
 _SIGNAL = int(Type.SIGNAL)
@@ -31,7 +33,8 @@ class ProgramRunner:
     """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
 
     __slots__ = (
-        "_behind", "_deadline", "_drawing", "_eof", "_idle", "_line_start", "_loop", "_over", "_program", "_quiet",
+        "_behind", "_deadline", "_drawing", "_ending", "_eof", "_idle", "_line_start", "_loop", "_over", "_program",
+        "_quiet",
         "_reading", "_screen", "_server", "_session", "_status", "_waiting", "_writing",
     )  # fmt: skip
 
@@ -51,6 +54,7 @@ class ProgramRunner:
         self._status: ExitStatus | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._quiet: asyncio.TimerHandle | None = None
+        self._ending: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._loop.add_reader(program.pidfd, self._exited)
         self._read_on()
@@ -160,6 +164,7 @@ class ProgramRunner:
 
     def _deliver(self, item: Input) -> bool:
         """Returns whether the program has all of an input now."""
+        self._input_goes_on()
         if item.kind == _SIGNAL:
             self._signal(item.data)
         elif item.kind == _EOF:
@@ -168,6 +173,8 @@ class ProgramRunner:
             self._write_off()
             item.data = self._program.eof(at_line_start=self._line_start)
             item.kind = int(Type.DATA)
+            if self._program.kind == "pty":
+                self._ending = self._loop.call_later(_EOF_AGAIN_SECONDS, self._eof_again, _EOF_AGAIN_SECONDS)
         if item.kind != _SIGNAL and item.data:
             written = self._write(item.data)
             if written < len(item.data):
@@ -175,6 +182,20 @@ class ProgramRunner:
                 return False
         self._server.handled(item)
         return True
+
+    def _input_goes_on(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+
+    def _eof_again(self, seconds: float) -> None:
+        """Says once more that there is no input: a terminal forgets it when a program changes its mode meanwhile.
+
+        A closed pipe is at its end for every read; so is this terminal, as long as nobody types.
+        """
+        self._write(self._program.eof())
+        seconds = min(seconds * 2, _EOF_AGAIN_MAX_SECONDS)
+        self._ending = self._loop.call_later(seconds, self._eof_again, seconds)
 
     def _write(self, data: bytes) -> int:
         """Writes what the program takes now; returns how many bytes, all of them if it takes none any more."""
@@ -316,10 +337,10 @@ class ProgramRunner:
 
     def _stop_watching(self) -> None:
         self._read_off()
-        for timer in (self._idle, self._quiet):
+        for timer in (self._idle, self._quiet, self._ending):
             if timer is not None:
                 timer.cancel()
-        self._idle = self._quiet = None
+        self._idle = self._quiet = self._ending = None
 
     def close(self) -> None:
         """Ends the program, more firmly every few seconds, and lets go of it."""

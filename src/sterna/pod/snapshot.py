@@ -456,7 +456,7 @@ def _paint_row(out: bytearray, brush: _Brush, row: Row, after: Row | None) -> No
         brush.use(last)
         out += b"\x1b[%d@\x1b[B\r" % last.width
         brush.drop()
-        out += b"\x1b[K"
+        out += b"\x1b[X"
 
 
 def _wraps_before_wide(row: Row, after: Row) -> bool:
@@ -467,7 +467,8 @@ def _next_row(out: bytearray, brush: _Brush, before: Row, row: Row) -> None:
     """Goes to the next row; within a soft-wrapped line by wrapping, so that the terminal knows it for one line.
 
     The new line, and the column that a wide character leaves empty, take the background that the pen has while it
-    wraps. So where a background or a blank is wanted, the wrap is made by another character, which is erased again.
+    wraps. So where a background or a blank is wanted, the wrap is made by another character, which is erased again:
+    with ECH, as tmux forgets the wrap after EL.
     """
     if not before.wrapped:
         out += b"\r\n"
@@ -476,9 +477,9 @@ def _next_row(out: bytearray, brush: _Brush, before: Row, row: Row) -> None:
     last = before.runs[-1] if before.runs else Run("", 1)
     if last.text:
         if not first.text or first.background:
-            out += b" \r\x1b[K"
+            out += b" \r\x1b[X"
     elif _wraps_before_wide(before, row) and (first.background or last.background):
         brush.use(last)
         out += first.text.encode()
         brush.drop()
-        out += b"\r\x1b[K"
+        out += b"\r\x1b[2X"
