@@ -1,8 +1,8 @@
 """The load generator: what thousands of sessions cost one node process.
 
 `python bench/load.py [live] [suspended] [terminals]` runs these scenarios with real processes (node, pods, clients) on
-the loopback interface, prints what it found, and returns it as a dictionary to `bench/run`. The clients share the
-machine's cores with the node.
+the loopback interface and writes what it found to bench/results. The clients share the machine's cores with the node.
+A pause of the node's loop is also given in CPU time: what is missing there, other processes had.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from load_parts import AGENT, TENANTS, percentile
+from report import RESULTS, about_machine, table, write
 
 from sterna.trust.tokens import TokenKey
 
@@ -291,7 +292,8 @@ def terminals(count: int) -> dict[str, Any]:
     shell = ["bash", "--norc", "--noprofile"]
     with field() as here:
         pod = here.run(
-            "-m", "sterna", "pod", "--tenant", TENANTS[0], "--agent", AGENT, "--sockets", f"{here.state}/sockets", "--", *shell
+            "-m", "sterna", "pod", "--tenant", TENANTS[0], "--agent", AGENT,
+            "--sockets", f"{here.state}/sockets", "--", *shell,
         )  # fmt: skip
         node, _ = here.node()
         time.sleep(2)
@@ -303,20 +305,96 @@ def terminals(count: int) -> dict[str, Any]:
         node_kib, pod_kib = anonymous_kib(node.pid), anonymous_kib(pod.pid)
         cpu, at = cpu_seconds(pod.pid), time.monotonic()
         time.sleep(10)
+        idle_cpu = (cpu_seconds(pod.pid) - cpu) / (time.monotonic() - at)
+        clients.ask(do="line", text="seq 2000")
+        time.sleep(10)
+        scrolled_kib = anonymous_kib(pod.pid)
         result = {
             "sessions": found["states"].get("up", 0), "begin_s": found["seconds"],
             "node_kib_each": (node_kib - node_base) / count, "pod_kib_each": (pod_kib - pod_base) / count,
-            "pod_empty_mib": pod_base / 1024, "idle_pod_cpu_share": (cpu_seconds(pod.pid) - cpu) / (time.monotonic() - at),
+            "pod_empty_mib": pod_base / 1024, "idle_pod_cpu_share": idle_cpu,
+            "pod_kib_each_2000_lines": (scrolled_kib - pod_base) / count,
         }  # fmt: skip
         say(f"terminals {result}")
         return result
 
 
+# ---- report ------------------------------------------------------------------------------------------------------
+
+
+def middle(runs: list[dict[str, Any]], key: str) -> float:
+    """Returns the median of a figure over several runs."""
+    return statistics.median(float(run[key]) for run in runs)
+
+
+def worst(runs: list[dict[str, Any]], key: str) -> float:
+    """Returns the largest of a figure over several runs."""
+    return max(float(run[key]) for run in runs)
+
+
+def live_rows(found: dict[str, Any]) -> list[str]:
+    """Returns the table of live sessions."""
+    echo, back = found["echo"], found["return"]
+    both = f"{middle(back, 'node_cpu_s'):.1f} / {middle(back, 'client_cpu_s'):.1f} s"
+    begin = f"{found['begin_node_cpu_s'] / found['sessions'] * 1e3:.2f} ms"
+    return table(
+        f"{found['sessions']:,} live TLS sessions",
+        ("Node memory (Pss_Anon)", f"{found['node_mib']:.0f} MiB", "≤ 640 MiB"),
+        ("… for each session, above the empty node", f"{found['node_kib_each']:.1f} KiB", "≤ 64 KiB"),
+        ("… after all came back", f"{found['node_mib_after_return']:.0f} MiB", "≤ 640 MiB"),
+        ("Pod memory for each session (chat agent)", f"{found['pod_kib_each']:.1f} KiB", "≤ 64 KiB"),
+        ("Echo of the active ones, p50", f"{middle(echo, 'p50_ms'):.2f} ms", ""),
+        ("… p99", f"{middle(echo, 'p99_ms'):.2f} ms", "≤ 20 ms"),
+        ("… slowest of all runs", f"{worst(echo, 'max_ms'):.1f} ms", ""),
+        ("Node CPU while they type", f"{middle(echo, 'node_cpu_share'):.0%} of a core", ""),
+        ("Node CPU with nobody typing", f"{found['idle_node_cpu_share']:.1%} of a core", ""),
+        ("Killed and started again: half are back", f"{middle(back, 'half_s'):.1f} s", ""),
+        ("… all are back", f"{middle(back, 'all_s'):.1f} s", "≤ 30 s"),
+        ("… CPU of node / clients meanwhile", both, ""),
+        ("Begin one session (CPU of the node)", begin, ""),
+    )  # fmt: skip
+
+
+def suspended_rows(found: dict[str, Any]) -> list[str]:
+    """Returns the table of suspended sessions."""
+    busy, again = found["busy"], found["restart"]
+    begin = f"{found['make_node_cpu_s'] / found['sessions'] * 1e3:.2f} ms"
+    return table(
+        f"{found['sessions']:,} suspended sessions, {found['printing']:,} of them printing 100 bytes a second",
+        ("Node memory for each, above the empty node", f"{middle(busy, 'kib_each'):.2f} KiB", "≤ 2 KiB"),
+        ("… with none printing", f"{found['quiet_kib_each']:.2f} KiB", "≤ 2 KiB"),
+        ("Node memory after a restart", f"{middle(again, 'mib'):.0f} MiB", ""),
+        ("Node CPU", f"{middle(busy, 'cpu_share'):.0%} of a core", ""),
+        ("Longest pause of the loop (of it, CPU time)", pause(busy), "≤ 50 ms"),
+        ("Restart: scan of store and journal", f"{middle(again, 'scan_s'):.2f} s", "≤ 15 s"),
+        ("… until it listens, from the start of the process", f"{middle(again, 'listens_s'):.2f} s", ""),
+        ("… longest pause while its pods' sessions are taken up (of it, CPU time)", pause(again), "≤ 50 ms"),
+        ("Begin, use and leave one session (CPU of the node)", begin, ""),
+    )  # fmt: skip
+
+
+def pause(runs: list[dict[str, Any]]) -> str:
+    """Returns the longest pause of several runs."""
+    return f"{worst(runs, 'worst_ms'):.0f} ({worst(runs, 'worst_cpu_ms'):.0f}) ms"
+
+
+def terminal_rows(found: dict[str, Any]) -> list[str]:
+    """Returns the table of terminals."""
+    return table(
+        f"{found['sessions']:,} idle shells (`sterna pod -- bash`), each with a TLS client",
+        ("Pod memory for each, besides the shell", f"{found['pod_kib_each']:.1f} KiB", "≤ 64 KiB"),
+        ("… with 2,000 lines of scroll-back", f"{found['pod_kib_each_2000_lines']:.1f} KiB", ""),
+        ("Node memory for each", f"{found['node_kib_each']:.1f} KiB", "≤ 64 KiB"),
+        ("Pod CPU", f"{found['idle_pod_cpu_share']:.1%} of a core", ""),
+    )
+
+
+TABLES = {"live": live_rows, "suspended": suspended_rows, "terminals": terminal_rows}
 SCENARIOS = ("live", "suspended", "terminals")
 
 
-def main() -> dict[str, Any]:
-    """Runs the scenarios that are named (all by default)."""
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs the scenarios that are named (all by default) and writes what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS))
     parser.add_argument("--live", type=int, default=10_000, help="live sessions")
@@ -326,8 +404,12 @@ def main() -> dict[str, Any]:
     parser.add_argument("--terminals", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    options = parser.parse_args()
+    parser.add_argument("--results", default=RESULTS, help="directory of the results")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.scenarios) - set(SCENARIOS):
+        parser.error(f"there is no scenario {unknown.pop()!r}: choose from {', '.join(SCENARIOS)}")
     found: dict[str, Any] = {}
+    machine = about_machine()
     for scenario in options.scenarios:
         if scenario == "live":
             found["live"] = live(options.live, options.active, options.rate, options.seconds, options.samples)
@@ -335,7 +417,8 @@ def main() -> dict[str, Any]:
             found["suspended"] = suspended(options.suspended, 0.01, options.seconds, options.samples)
         else:
             found["terminals"] = terminals(options.terminals)
-    print(json.dumps(found, indent=1))
+    text = "\n".join(row for name in found for row in TABLES[name](found[name]))
+    write(options.results, "load", "Thousands of sessions on one node", text, found, machine)
     return found
 
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -428,3 +429,24 @@ def test_no_secret_in_arguments_environment_or_logs(site: Site) -> None:
         for secret in (site.token, ticket, token):
             assert secret.encode() not in database, "a secret stands in the database"
         assert len(texts) > 6
+
+
+def test_no_secret_in_the_metrics() -> None:
+    from tests.e2e.test_refused_access import node_without_up
+
+    with Rig() as rig:
+        rig.start_pod("echo", "cat", kind="stream")
+        port = free_port()
+        node_without_up(rig, "--metrics-port", str(port))
+        site = Site(rig)
+        with site.client() as raw:
+            accept = raw.connect()
+            ticket = raw.call("share", session=accept.name, ttl=60)["ticket"]
+            assert raw.echo(b"typed text", 0) == b"typed text"
+            with site.client(credential=ticket) as guest:
+                guest.connect(want="join")
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                    text = answer.read().decode()
+        assert "sterna" in text
+        for secret in (site.token, ticket, "typed text", accept.uid.hex(), raw.device.id.hex()):
+            assert secret not in text

@@ -45,7 +45,7 @@ CUTS = {
 ENDS = {
     "plain": b"\x1b[m\r\n$ ",
     "modes": b"\x1b[?1h\x1b=\x1b[?1002;1006h\x1b[?2004h\x1b[3;20r\x1b[?25l\x1b]2;a title\x07\x1b[4h\x1b[7;9H\x1b[1;4;35m",
-    "alternate": b"\x1b[7;7H\x1b7\x1b[?1049h\x1b[2J\x1b[H\x1b[42m full \x1b[m\x1b[12;30H\x1b[7mscreen\x1b[?1003;1006h\x1b[m",
+    "alternate": b"\x1b[?1049h\x1b[2J\x1b[7;7H\x1b7\x1b[H\x1b[42m full \x1b[m\x1b[12;30H\x1b[7mscreen\x1b[?1003;1006h\x1b[m",
 }
 _PREFIX = b"\x18\x1b\\"
 
@@ -141,8 +141,9 @@ class Scene:
         lag = self.laggard
         wait_for(lambda: _PREFIX in lag.seen()[len(b"first") + 200 :], name="the snapshot")
         assert_same(lag.pane, self.pane)
+        # The client holds a sequence back that may turn out to be a question.
         before = lag.seen().rpartition(_PREFIX)[0]
-        assert before.endswith(half), before[-40:]
+        assert before.endswith((b"here", b"here" + half)), before[-40:]
         late = self.stage.tmux.pane(attach_words(self.stage.rig, self.name), name="late")
         assert_same(late, self.pane)
         # And so it stays with what comes after.
@@ -165,7 +166,7 @@ def test_it_resumes_beyond_the_ring(stage: Stage, cut: str) -> None:
     scene = Scene(stage)
     scene.emit(styled_lines(rng, 5_000) + b"\x1b[4;33mhere" + half)
     lag = scene.laggard
-    wait_for(lambda: lag.seen().endswith(b"here" + half), name="the cut")
+    wait_for(lambda: lag.seen().endswith((b"here", b"here" + half)), name="the cut")
     lag.freeze()
     lag.proxy.refuse()
     lag.proxy.cut()
@@ -174,7 +175,7 @@ def test_it_resumes_beyond_the_ring(stage: Stage, cut: str) -> None:
     wait_for(lambda: "END" in scene.pane.history() or "full" in scene.pane.text(), name="the flood's end")
     lag.proxy.accept()
     lag.go_on()
-    scene.check(b"here" + half, len(flood))
+    scene.check(half, len(flood))
 
 
 @pytest.mark.parametrize("cut", ["in CSI", "in OSC", "in three bytes"])
@@ -197,7 +198,7 @@ def test_it_stands_still_and_falls_behind(stage: Stage, cut: str) -> None:
     scene.emit(head + flood)
     wait_for(lambda: "END" in scene.pane.history() or "full" in scene.pane.text(), name="the flood's end")
     lag.go_on()
-    scene.check(b"here" + half, len(flood))
+    scene.check(half, len(flood))
 
 
 def test_control_without_the_snapshot_it_is_noticed(stage: Stage) -> None:

@@ -33,7 +33,7 @@ def rig() -> Iterator[Rig]:
         state = str(rig.state / "node")
         words = rig.words("node", "--port", str(rig.port), "--state", state, "--sockets", str(runtime / "sterna"))
         rig.node = Daemon(words, rig.env, rig.directory / "node.log")
-        wait_for(lambda: (rig.state / "node" / "node.sock").exists(), name="the node")
+        wait_for((rig.state / "node" / "node.sock").exists, name="the node")
         for name, agent in (("echo_agent.py", "echo"), ("counting_agent.py", "count")):
             rig.pods[agent] = Daemon([sys.executable, str(EXAMPLES / name)], rig.env, rig.directory / f"{agent}.log")
         wait_for(lambda: {"echo", "count"} <= known(rig), name="the agents")
@@ -45,7 +45,7 @@ def known(rig: Rig) -> set[str]:
     return {found["name"] for found in rig.json("ls")["agents"]}
 
 
-def read_until(session: blocking.Session, what: bytes) -> bytes:
+def read_until(session: blocking.BlockingSession, what: bytes) -> bytes:
     seen = b""
     while what not in seen:
         data = session.read(timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""What thousands of sessions at once rely on: nothing of what ended stays in memory, and no turn of the loop is long."""
+"""What thousands of sessions at once rely on: nothing that ended stays in memory, and no turn of the loop is long."""
 
 from __future__ import annotations
 

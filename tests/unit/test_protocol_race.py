@@ -24,19 +24,19 @@ def attempts(race: Race, start: int, end: int, connected_after: int | None) -> l
 
 
 def test_a_dead_network_is_asked_every_50_ms() -> None:
-    race = Race(lambda n: bytes(n))
+    race = Race(bytes)
     race.begin(0)
     assert len(attempts(race, 0, 5 * SECOND, None)) == 100
 
 
 def test_a_node_that_takes_connections_but_does_not_answer_is_asked_ever_more_rarely() -> None:
-    race = Race(lambda n: bytes(n))
+    race = Race(bytes)
     race.begin(0)
     assert attempts(race, 0, 60 * SECOND, 0) == [t * SECOND for t in (0, 1, 3, 7, 15, 23, 31, 39, 47, 55)]
 
 
 def test_the_answers_to_one_burst_count_once() -> None:
-    race = Race(lambda n: bytes(n))
+    race = Race(bytes)
     race.begin(0)
     begun = attempts(race, 0, 10 * SECOND, 120 * MILLISECOND)
     # Three are under way before the first one's answer; then rests of 1, 2 and 4 s, each after such a burst.
@@ -46,7 +46,7 @@ def test_the_answers_to_one_burst_count_once() -> None:
 
 
 def test_the_next_race_begins_quickly_again() -> None:
-    race = Race(lambda n: bytes(n))
+    race = Race(bytes)
     race.begin(0)
     attempts(race, 0, 20 * SECOND, 0)
     race.end()
@@ -55,7 +55,7 @@ def test_the_next_race_begins_quickly_again() -> None:
 
 
 def test_a_refusal_ends_the_rest() -> None:
-    race = Race(lambda n: bytes(n))
+    race = Race(bytes)
     race.begin(0)
     assert race.take(0)
     race.connected(0)

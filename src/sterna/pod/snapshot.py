@@ -467,8 +467,8 @@ def _next_row(out: bytearray, brush: _Brush, before: Row, row: Row) -> None:
     """Goes to the next row; within a soft-wrapped line by wrapping, so that the terminal knows it for one line.
 
     The new line, and the column that a wide character leaves empty, take the background that the pen has while it
-    wraps. So where a background or a blank is wanted, the wrap is made by another character, which is erased again:
-    with ECH, as tmux forgets the wrap after EL.
+    wraps. So where a background or a blank is wanted, the wrap is made by another character, which is erased again
+    (with ECH, as tmux forgets the wrap after an EL from the first column) or, if it is wide, written over.
     """
     if not before.wrapped:
         out += b"\r\n"
@@ -482,4 +482,4 @@ def _next_row(out: bytearray, brush: _Brush, before: Row, row: Row) -> None:
         brush.use(last)
         out += first.text.encode()
         brush.drop()
-        out += b"\r\x1b[2X"
+        out += b"\x1b[K\r"
