@@ -90,7 +90,11 @@ def test_an_error_of_the_environment_names_the_variable(home: dict[str, str]) ->
 
 
 def test_lists_and_maps_in_the_environment(home: dict[str, str]) -> None:
-    environ = {**home, "STERNA_NODE_NAMES": "a.example, b.example", "STERNA_NODE_TENANT_UIDS": "acme=1000,acme=1001,b=7"}
+    environ = {
+        **home,
+        "STERNA_NODE_NAMES": "a.example, b.example",
+        "STERNA_NODE_TENANT_UIDS": "acme=1000,acme=1001,b=7",
+    }
     config = load({}, environ)
     assert config.names == ["a.example", "b.example"]
     assert config.tenant_uids == {"acme": [1000, 1001], "b": [7]}

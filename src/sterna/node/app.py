@@ -184,6 +184,7 @@ class Node:
         self._sweeps += 1
         now = SYSTEM_CLOCK.monotonic()
         self.reactor.run(self._late, now)
+        self._relieve()
         if self._sweeps % _EVICT_EVERY == 0:
             self.reactor.run(self._check_peers, now)
             self._evict(iter(self.table.cold(self.config.cold_seconds * SECOND, now)))
@@ -227,6 +228,18 @@ class Node:
                 continue
             connection.link.fail(Code.TIMEOUT, "No valid CONNECT or RESUME came in time.")
             connection.pump.flush()
+
+    def _relieve(self, most: int = limits.OUTBOUND_TOTAL_MAX_BYTES) -> None:
+        """Keeps what waits for all clients together below `most` bytes: those that let most wait go; they may
+        resume.
+        """
+        queued = [(connection.pump.queued, connection) for connection in self.connections if connection.link.blocked]
+        total = sum(size for size, _ in queued)
+        for size, connection in sorted(queued, key=lambda entry: -entry[0]) if total > most else ():
+            connection.pump.abort("too much waits for all clients together")
+            total -= size
+            if total <= most:
+                return
 
     def _check_peers(self, now: int) -> None:
         """Asks quiet clients whether they are there, and gives up those that say nothing three times."""

@@ -276,6 +276,10 @@ class ClientConnection:
             return
         if self.pump.closed:
             return
+        device = self.node.store.device(attachment.device, session.tenant)
+        if device is not None and device.revoked:
+            self.link.refuse(attachment.handle, Code.REVOKED, "This device was revoked.")
+            return
         if len(session.attachments) >= limits.ATTACHMENTS_MAX:
             self.link.refuse(
                 attachment.handle, Code.LIMIT, f"A session has at most {limits.ATTACHMENTS_MAX} attachments."

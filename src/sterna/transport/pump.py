@@ -148,6 +148,11 @@ class Pump:
         return self._handshake
 
     @property
+    def queued(self) -> int:
+        """How many bytes wait for the other side to take them."""
+        return self.link.out_bytes + (len(self._pending) if self._pending is not None else 0)
+
+    @property
     def closed(self) -> bool:
         """Whether the connection is over."""
         return self._closed
