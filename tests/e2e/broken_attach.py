@@ -41,8 +41,14 @@ def _break_snapshot(without: bytes) -> None:
     attach.Attach._screen = screen  # type: ignore[method-assign]
 
 
-def _skip_snapshot() -> None:
+def _skip_snapshots() -> None:
+    original = Attach._screen
+    first = iter((True,))
+
     def screen(self: Attach, event: Screen) -> None:
+        if next(first, False):
+            original(self, event)
+            return
         self._queue.append((b"", event.position))
         self._flush(0)
 
@@ -69,10 +75,10 @@ def _leave_status() -> None:
 def break_(how: str) -> None:
     """Breaks the client.
 
-    `drop` and `swap` bytes where the output says MARK; `answers` lets every query pass; `status` leaves the status line;
-    `blind` skips snapshots; anything else are bytes, in hexadecimal, that a snapshot then lacks.
+    `drop` and `swap` bytes where the output says MARK; `answers` lets every query pass; `status` leaves the status
+    line; `blind` skips all snapshots but the first; anything else are bytes, in hexadecimal, that snapshots then lack.
     """
-    ways: dict[str, Any] = {"answers": _answer_everything, "status": _leave_status, "blind": _skip_snapshot}
+    ways: dict[str, Any] = {"answers": _answer_everything, "status": _leave_status, "blind": _skip_snapshots}
     if how in ("drop", "swap"):
         _break_output(how)
     elif how in ways:

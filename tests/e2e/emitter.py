@@ -1,9 +1,8 @@
-"""An agent that writes exactly what a test wants: each line typed names a file, whose bytes it copies to its terminal."""
+"""An agent that writes exactly what a test wants: each line typed names a file, whose bytes go to the terminal."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tty
 
 
@@ -24,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -60,7 +60,8 @@ class Monitor:
         window.refresh()
 
     def _row(self, row: int, index: int, cols: int) -> None:
-        line = f"{1000 + index * 37:>7} user{index % 3:<4} {(self.frame + index) * 31 % 1000 / 10:>5} {NAMES[index % len(NAMES)]}"
+        load = (self.frame + index) * 31 % 1000 / 10
+        line = f"{1000 + index * 37:>7} user{index % 3:<4} {load:>5} {NAMES[index % len(NAMES)]}"
         style = curses.color_pair(1 + index % 7) | (curses.A_BOLD if index % 2 else curses.A_NORMAL)
         if index == self.selected:
             style = curses.color_pair(9) | curses.A_UNDERLINE

@@ -5,6 +5,7 @@ A pane runs a program, with or without Sterna between them; `differences` compar
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -15,15 +16,15 @@ from pathlib import Path
 
 from sterna.client.calls import Caller
 from sterna.client.endpoint import find
-from tests.e2e.rig import Rig, wait_for
+from tests.e2e.rig import Daemon, Rig, wait_for
 
 HERE = Path(__file__).parent
 _POLL_SECONDS = 0.03
 _CONFIGURATION = """
 set -g history-limit 50000
 set -g default-terminal xterm-256color
-set -g remain-on-exit on
 set -g status off
+set -g exit-empty off
 set -s escape-time 0
 set -s set-clipboard off
 set -g allow-rename off
@@ -139,41 +140,44 @@ class View:
 
     def __init__(self, answer: str) -> None:
         cells, modes, text = answer.split(_SEPARATOR)
-        self.rows = parse(cells.rstrip("\n").split("\n"))
+        self.cells = cells.rstrip("\n")
         self.modes = dict(line.partition("=")[::2] for line in modes.strip("\n").split("\n"))
         # Soft-wrapped lines are one line here; whether the column that a wide character leaves empty is a blank or
         # nothing at all cannot be seen.
-        self.lines = [line.replace(" ", "") for line in text.rstrip("\n").split("\n")]
+        self.lines = [line.replace(" ", "").translate(_DRAWN) for line in text.rstrip("\n").split("\n")]
 
-    def differences(self, other: View, *, scrollback: bool = True) -> list[str]:
+    @functools.cached_property
+    def rows(self) -> list[list[Cell]]:
+        """The cells, row by row."""
+        return parse(self.cells.split("\n"))
+
+    def differences(self, other: View) -> list[str]:
         """What is not the same, in words; [] if nothing."""
         found = [
             f"{name}: {self.modes[name]!r} is not {other.modes[name]!r}"
             for name in MODES
-            if self.modes[name] != other.modes[name] and (scrollback or name != "history_size")
+            if self.modes[name] != other.modes[name]
         ]
-        mine, others = self.rows, other.rows
         lines, other_lines = self.lines, other.lines
         if self.modes["alternate_on"] == "1":
             # Nothing there is ever wrapped anew, and terminals differ in what scrolling does to a wrapped line.
             lines = other_lines = []
-        if not scrollback:
-            mine, others = self._screen(), other._screen()
-            lines = other_lines = []
-        if len(mine) != len(others):
-            found.append(f"{len(mine)} rows, not {len(others)}")
-        for number, (row, wanted) in enumerate(zip(mine, others, strict=False)):
-            if row != wanted:
-                found.append(f"row {number}: {_text(row)!r} is not {_text(wanted)!r}")
-                if _text(row) == _text(wanted):
-                    found += [f"  {a} is not {b}" for a, b in zip(row, wanted, strict=True) if a != b][:3]
+        if self.cells != other.cells:
+            found += self._different_rows(other)
         if lines != other_lines and not found:
             pairs = [pair for pair in zip(lines, other_lines, strict=False) if pair[0] != pair[1]]
             found.append(f"soft-wrapped lines are joined differently: {pairs[:1]!r}")
         return found[:20]
 
-    def _screen(self) -> list[list[Cell]]:
-        return self.rows[int(self.modes["history_size"]) :]
+    def _different_rows(self, other: View) -> list[str]:
+        mine, others = self.rows, other.rows
+        found = [f"{len(mine)} rows, not {len(others)}"] if len(mine) != len(others) else []
+        for number, (row, wanted) in enumerate(zip(mine, others, strict=False)):
+            if row != wanted:
+                found.append(f"row {number}: {_text(row)!r} is not {_text(wanted)!r}")
+                if _text(row) == _text(wanted):
+                    found += [f"  {a} is not {b}" for a, b in zip(row, wanted, strict=True) if a != b][:3]
+        return found
 
 
 def _text(row: list[Cell]) -> str:
@@ -272,11 +276,6 @@ class Pane:
                 raise AssertionError(f"{pattern!r} did not come to {self.name}; it shows:\n{text}")
             time.sleep(_POLL_SECONDS)
 
-    def exit_status(self, seconds: float = 15.0) -> int:
-        """Waits until the program has ended; returns its exit status."""
-        wait_for(lambda: self.about("pane_dead") == "1", seconds, name=f"the end of {self.name}")
-        return int(self.about("pane_dead_status") or -1)
-
     def close(self) -> None:
         """Closes the terminal."""
         self._tmux.run("kill-session", "-t", f"={self.name}")
@@ -320,11 +319,11 @@ class Tmux:
         return Pane(self, name)
 
 
-def assert_same(*panes: Pane, seconds: float = 10.0, scrollback: bool = True) -> None:
+def assert_same(*panes: Pane, seconds: float = 10.0) -> None:
     """Waits until all panes show the same as the last one."""
     deadline = time.monotonic() + seconds
     for pane in panes[:-1]:
-        while found := pane.view().differences(panes[-1].view(), scrollback=scrollback):
+        while found := pane.view().differences(panes[-1].view()):
             assert time.monotonic() < deadline, f"{pane.name} is not as {panes[-1].name}:\n" + "\n".join(found)
             time.sleep(_POLL_SECONDS)
 
@@ -353,6 +352,25 @@ def second_device(rig: Rig, name: str = "two") -> dict[str, str]:
     with Caller(find(state=os.fspath(rig.state))) as caller:
         token = caller.call("token", ttl=600)["token"]
     return {"STERNA_STATE": os.fspath(state), "STERNA_TOKEN": token}
+
+
+def start_node(rig: Rig, **settings: int) -> None:
+    """Starts the node with settings that `up` does not offer."""
+    path = rig.directory / "node.toml"
+    path.write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
+    state = rig.state / "node"
+    state.mkdir(mode=0o700, exist_ok=True)
+    words = rig.words(
+        "node", "--port", str(rig.port), "--sockets", os.fspath(rig.sockets), "--state", os.fspath(state),
+        "--config", os.fspath(path),
+    )  # fmt: skip
+    rig.node = node = Daemon(words, rig.env, rig.directory / "node.log")
+
+    def there() -> bool:
+        assert node.running, node.output()
+        return (state / "node.sock").exists()
+
+    wait_for(there, name="the node")
 
 
 def child_of(pid: int, matches: Callable[[str], bool]) -> int:

@@ -1,8 +1,8 @@
 """Terminal programs through `sterna attach` show, cell by cell and mode by mode, what they show without Sterna.
 
 Each program runs twice in terminals of the same size, once on a session that two devices are attached to and once by
-itself, and gets the same input. Compared are scroll-back, screen, colours and all modes, also with a network that is cut
-at random moments, after a fresh attach (a snapshot), and on the second device.
+itself, and gets the same input. Compared are scroll-back, screen, colours and all modes, also with a network that is
+cut at random moments, after a fresh attach (a snapshot), and on the second device.
 """
 
 from __future__ import annotations
@@ -69,14 +69,12 @@ class Twins:
         self.attached[0].expect(r"^\$ *$")
         self.attached.append(self.attach(second=True))
         self.expect(r"^\$ *$")
+        # Another device types only once everything typed before has been seen: nothing orders their input but time.
+        self.typist = self.attached[0]
 
     def attach(self, *, second: bool = False, broken: str = "") -> Pane:
         words = attach_words(self.stage.rig, self.name, self.port, broken=broken)
         return self.stage.tmux.pane(words, env=self.stage.other if second else None, name=self.name)
-
-    @property
-    def typist(self) -> Pane:
-        return self.rng.choice(self.attached)
 
     def type(self, text: str) -> None:
         for pane in (self.plain, self.typist):
@@ -106,6 +104,7 @@ class Twins:
 
     def same(self) -> None:
         assert_same(*self.attached, self.plain)
+        self.typist = self.rng.choice(self.attached)
 
     def fresh(self) -> None:
         """Closes all terminals of the session and attaches new ones, which a snapshot paints."""
@@ -116,6 +115,7 @@ class Twins:
         for pane in self.attached:
             pane.resize(cols, rows)
             pane.resized()
+        self.typist = self.attached[0]
 
     def close(self) -> None:
         for pane in (self.plain, *self.attached):

@@ -129,6 +129,39 @@ async def test_a_session_that_warms_up_between_look_and_eviction_stays(tmp_path:
         assert not node.table.evict(cold, 0, time.monotonic_ns(), parked.append)
 
 
+async def test_long_work_gives_the_loop_back_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sterna.node.app._SLICE", -1)  # every slice is over at once
+    done: list[int] = []
+    async with running(tmp_path) as node:
+        node._slowly(iter(range(5)), lambda item, _now: done.append(item))
+        assert done == [0]
+        await asyncio.sleep(0)
+        assert done == [0, 1]
+        await until(lambda: len(done) == 5)
+        node._slowly(iter(range(5, 9)), lambda item, _now: done.append(item))
+    await asyncio.sleep(0.05)
+    assert len(done) < 9, "nothing is done any more once the node is closed"
+
+
+async def test_a_quiet_client_is_asked_and_one_that_is_gone_is_given_up(tmp_path: Path) -> None:
+    async with running(tmp_path) as node, await connect(node, tmp_path) as session:
+        (connection,) = node.connections
+        long_ago = time.monotonic_ns() - 10 * limits.KEEPALIVE_SECONDS * 10**9
+        node._check_peer(connection, time.monotonic_ns())
+        asked = [connection.pinged]
+        connection.last = long_ago
+        node._check_peer(connection, time.monotonic_ns())
+        asked.append(connection.pinged)
+        assert asked == [False, True]
+        await until(lambda: not connection.pinged)  # it answered
+        assert connection.last > long_ago
+        connection.last, connection.pinged = long_ago, True
+        node._check_peer(connection, time.monotonic_ns())
+        assert connection.pump.closed
+        await session.write(b"back")
+        assert await session.read() == b"back"
+
+
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends of one TCP connection: the client's, the server's."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -165,7 +198,7 @@ async def test_handshakes_begin_a_few_in_each_turn_of_the_loop_those_first_that_
 async def test_the_store_reaches_the_disk_before_its_log_grows_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sterna.node.app.CUT_BYTES", 1)
+    monkeypatch.setattr("sterna.node.app.WAL_MAX_BYTES", 1)
     async with running(tmp_path) as node:
         calls: list[float] = []
         real = node.store.checkpoint

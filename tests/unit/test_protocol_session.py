@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from sterna import limits
@@ -364,3 +365,38 @@ def test_an_attachment_whose_lane_nobody_remembers_goes_on_and_is_told_what_is_u
     assert who.lane is not None
     target.client_input(who, Type.DATA, 70, b"on", NOW)
     assert who.lane.next == 72
+
+
+def terminal(letter: bytes, cols: int, rows: int) -> Attachment:
+    made = attachment(letter, exact=False)
+    made.answers = True
+    made.cols, made.rows = cols, rows
+    return made
+
+
+def test_a_terminal_of_another_size_gets_a_picture_that_fits_and_so_do_the_others() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    target.pod_data(0, b"something", NOW)
+    first, second = terminal(b"a", 110, 40), terminal(b"b", 80, 24)
+    attach(target, first)
+    picture = messages.Snapshot(9, data=b"picture")
+    asked = [messages.unpack(messages.Capture, f[3]) for f in sent(port.link) if f[0] == Type.CAPTURE]
+    target.pod_snapshot(msgspec.structs.replace(picture, token=asked[0].token), NOW)
+    attach(target, second)
+    frames = [f for f in sent(port.link) if f[0] in (Type.RESIZE, Type.CAPTURE)]
+    assert [f[0] for f in frames] == [Type.RESIZE, Type.CAPTURE, Type.CAPTURE]
+    assert messages.unpack(messages.Resize, frames[0][3]) == messages.Resize(80, 24)
+    captures = [messages.unpack(messages.Capture, f[3]) for f in frames[1:]]
+    assert [c.scrollback for c in captures] == [False, True]
+    assert first.waiting
+    assert second.waiting
+
+
+def test_the_same_size_again_repaints_nobody() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    attach(target, terminal(b"a", 80, 24))
+    sent(port.link)
+    attach(target, terminal(b"b", 80, 24))
+    assert Type.CAPTURE not in kinds(port.link)

@@ -22,6 +22,8 @@ from sterna.protocol import client as machine_events
 from sterna.protocol.client import ClientMachine, Event
 from sterna.protocol.messages import Accept, Close
 
+_ERASE_BACK = b"\x1b[3J"
+_ERASE_ALL = b"\x1b[H\x1b[J" + _ERASE_BACK
 _IN, _OUT = select.POLLIN, select.POLLOUT
 
 _TITLE_SAVED, _TITLE_BACK = b"\x1b[22;0t", b"\x1b[23;0t"
@@ -75,6 +77,7 @@ class Attach:
         self._close: Close | None = None
         self._error: RefusedError | None = None
         self._left = ""
+        self._painted = self._inside = False
         self._uncertain = 0
         self._lost = 0
 
@@ -95,7 +98,7 @@ class Attach:
         return self._result()
 
     def _result(self) -> int:
-        return 0 if self._close is None and self._error is None else self._exit_status()
+        return 0 if self._close is None and self._error is None and not self._inside else self._exit_status()
 
     def _exit_status(self) -> int:
         close = self._close
@@ -108,6 +111,8 @@ class Attach:
     def farewell(self) -> str:
         """Returns what is said on the user's terminal after it was restored; "" if nothing is to be said."""
         lines: list[str] = []
+        if self._inside:
+            return f"This terminal is in the session {self._name} already: a session cannot show itself."
         if self._lost:
             lines.append(f"{self._lost} bytes of output were overwritten before this terminal got them.")
         if self._uncertain:
@@ -225,12 +230,16 @@ class Attach:
         # The title goes back to what it is now when we leave, or when a program that has saved it before ends.
         self._terminal.parting = _TITLE_BACK
         self._write(_TITLE_SAVED)
-        if accept.kind == "pty" and not accept.snapshot:
+        if accept.kind == "pty":
             # The session's screen began empty with the cursor at the top, and every terminal on it has to agree on
             # where things are. What this one shows goes into its scroll-back.
             _, rows = self._terminal.size()
             self._queue.append((b"\r\n" * (rows - 1) + b"\x1b[H\x1b[J", accept.output))
             self._flush(0)
+        own = os.environ.get("STERNA_SESSION_UID", "")
+        if own and own == accept.uid.hex():
+            self._inside = True
+            self._machine.suspend(time.monotonic_ns())
 
     def _output(self, event: machine_events.Output) -> None:
         if self._status.visible:
@@ -248,6 +257,10 @@ class Attach:
             from sterna.protocol.compress import decompress
 
             data = decompress(data)
+        if not self._painted:
+            # The first picture of a session leaves the scroll-back of whoever came; later ones put it right.
+            self._painted = True
+            data = data.replace(_ERASE_ALL, _ERASE_ALL[: -len(_ERASE_BACK)], 1)
         self._write(self._status.end())
         self._filter.flush()
         self._queue.append((data, event.position))

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from sterna import limits, paths
 from sterna.clock import SYSTEM_CLOCK
@@ -17,7 +18,7 @@ from sterna.journal.journal import Journal
 from sterna.node.calls import Calls
 from sterna.node.clients import ClientConnection
 from sterna.node.config import NodeConfig
-from sterna.node.database import CUT_BYTES
+from sterna.node.database import WAL_MAX_BYTES
 from sterna.node.doorkeeper import Doorkeeper
 from sterna.node.pods import Pod, PodRegistry, Port
 from sterna.node.store import Store
@@ -34,6 +35,8 @@ from sterna.trust.tokens import Access, TokenFile, TokenKey
 from sterna.units import MILLISECOND, SECOND
 
 log = logging.getLogger("sterna.node")
+
+T = TypeVar("T")
 
 LOCAL_SOCKET = "node.sock"
 _SWEEP_SECONDS = 1.0
@@ -186,11 +189,11 @@ class Node:
         self.reactor.run(self._late, now)
         self._relieve()
         if self._sweeps % _EVICT_EVERY == 0:
-            self.reactor.run(self._check_peers, now)
-            self._evict(iter(self.table.cold(self.config.cold_seconds * SECOND, now)))
+            self._slowly(iter(list(self.connections)), self._check_peer)
+            self._slowly(iter(self.table.cold(self.config.cold_seconds * SECOND, now)), self._evict)
         if self._sweeps % _HOUSEKEEP_EVERY == 0:
             self._purge()
-        if self._sweeps % _HOUSEKEEP_EVERY == 0 or self.store.wal_bytes() > CUT_BYTES:
+        if self._sweeps % _HOUSEKEEP_EVERY == 0 or self.store.wal_bytes() > WAL_MAX_BYTES:
             self._checkpoint()
         if self._sweeps % _RENEW_EVERY == 0 and self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
             assert self._tls is not None
@@ -202,16 +205,23 @@ class Node:
             self._checkpointing = self.reactor.loop.run_in_executor(None, self.store.checkpoint)
             self._checkpointing.add_done_callback(_log_failure)
 
-    def _evict(self, cold: Iterator[Session]) -> None:
-        """Takes cold sessions out of memory, a few milliseconds long; the rest in later turns of the loop."""
-        idle = self.config.cold_seconds * SECOND
-        began = now = SYSTEM_CLOCK.monotonic()
-        for session in () if self._closed else cold:
-            self.table.evict(session, idle, now, park)
-            now = SYSTEM_CLOCK.monotonic()
-            if now - began > _SLICE:
-                self.reactor.loop.call_soon(self._evict, cold)
-                return
+    def _slowly(self, items: Iterator[T], work: Callable[[T, int], None]) -> None:
+        """Does some work, a few milliseconds long; the rest in later turns of the loop, so that nobody waits for it."""
+
+        def some() -> None:
+            began = now = SYSTEM_CLOCK.monotonic()
+            for item in () if self._closed else items:
+                work(item, now)
+                now = SYSTEM_CLOCK.monotonic()
+                if now - began > _SLICE:
+                    self.reactor.loop.call_soon(self._slowly, items, work)
+                    return
+
+        self.reactor.run(some)
+
+    def _evict(self, session: Session, now: int) -> None:
+        """Takes a cold session out of memory."""
+        self.table.evict(session, self.config.cold_seconds * SECOND, now, park)
 
     def _purge(self) -> None:
         """Forgets what is older than the retention time, a batch in each turn of the loop."""
@@ -241,16 +251,13 @@ class Node:
             if total <= most:
                 return
 
-    def _check_peers(self, now: int) -> None:
-        """Asks quiet clients whether they are there, and gives up those that say nothing three times."""
-        quiet = now - limits.KEEPALIVE_SECONDS * SECOND * 2
-        dead = now - limits.KEEPALIVE_SECONDS * SECOND * _DEAD_AFTER
-        for connection in list(self.connections):
-            if connection.last < dead and connection.pinged:
-                connection.pump.abort("it does not answer")
-            elif connection.last < quiet and not connection.pinged:
-                connection.pinged = True
-                connection.link.send(Type.PING, 0, 0, b"")
+    def _check_peer(self, connection: ClientConnection, now: int) -> None:
+        """Asks a quiet client whether it is there, and gives up one that says nothing three times."""
+        if connection.last < now - limits.KEEPALIVE_SECONDS * SECOND * _DEAD_AFTER and connection.pinged:
+            connection.pump.abort("it does not answer")
+        elif connection.last < now - limits.KEEPALIVE_SECONDS * SECOND * 2 and not connection.pinged:
+            connection.pinged = True
+            connection.link.send(Type.PING, 0, 0, b"")
 
     def pods(self, tenant: str) -> list[Pod]:
         """Returns the agents of a tenant."""

@@ -36,7 +36,7 @@ SIGNALS = ("HUP", "INT", "QUIT", "KILL", "USR1", "USR2", "TERM", "CONT", "STOP",
 
 _ESCALATION = (signals.SIGHUP, signals.SIGTERM, signals.SIGKILL)
 # Names that say where the program runs; every other STERNA_ variable may carry a token, a ticket or a key.
-_HARMLESS = frozenset({"STERNA_SESSION", "STERNA_AGENT", "STERNA_TENANT", "STERNA_NODE"})
+_HARMLESS = frozenset({"STERNA_SESSION", "STERNA_SESSION_UID", "STERNA_AGENT", "STERNA_TENANT", "STERNA_NODE"})
 _IUTF8 = 0o40000  # termios(3); the module has the name only from Python 3.13
 _IFLAG, _LFLAG, _CC = 0, 3, 6
 

@@ -404,6 +404,7 @@ class ProgramStarter:
         """Starts the program of a new session; AgentError or UsageError when that cannot be done."""
         extra = {k: v for k, v in request.env.items() if k in _FORWARDED or k.startswith("LC_")}
         extra["STERNA_SESSION"] = request.name
+        extra["STERNA_SESSION_UID"] = request.uid.hex()
         if self._agent:
             extra["STERNA_AGENT"] = self._agent
         env = program_environment(

@@ -287,6 +287,8 @@ class Session:
             state=self.state.value, head=log.end,
         )  # fmt: skip
         attachment.link.send_message(Type.ACCEPT, attachment.handle, accept)
+        if attachment.mode == "drive" and attachment.answers:
+            self._typing(attachment)  # before the picture is taken: it has to fit who comes
         if final:
             self._send_final(attachment)
         elif snapshot:
@@ -539,9 +541,6 @@ class Session:
         log, link = self.log, attachment.link
         while not (attachment.waiting or link.blocked):
             cursor, end = attachment.cursor, log.end
-            if cursor < log.tail:
-                self._gap(attachment, now, log.tail)
-                continue
             if cursor >= end:
                 if self.ended is not None and not attachment.closing:
                     attachment.closing = True
@@ -549,7 +548,11 @@ class Session:
                 return
             room = attachment.acked + attachment.window - cursor
             if room <= 0:
+                # Who stands still gets one gap when it goes on, not one for every ring that passes meanwhile.
                 return
+            if cursor < log.tail:
+                self._gap(attachment, now, log.tail)
+                continue
             try:
                 data = log.read(cursor, min(limits.CHUNK_BYTES, room))
             except LostBytesError as lost:
@@ -588,13 +591,13 @@ class Session:
     def _can_capture(self) -> bool:
         return self.port is not None and self.ended is None and "snapshot" in self.port.features
 
-    def _capture(self, attachment: Attachment) -> None:
+    def _capture(self, attachment: Attachment, *, scrollback: bool = True) -> None:
         port = self.port
         assert port is not None
         self._token += 1
         self._captures[self._token] = attachment
         attachment.waiting, attachment.parts = True, 0
-        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token))
+        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token, scrollback))
 
     def _farewell(self) -> messages.Close:
         ended = self.ended
@@ -689,9 +692,16 @@ class Session:
 
     def _size(self, attachment: Attachment) -> None:
         port = self.port
-        if port is not None and attachment.cols and attachment.rows:
-            self.cols, self.rows = attachment.cols, attachment.rows
-            port.link.send_message(Type.RESIZE, port.handle, messages.Resize(attachment.cols, attachment.rows))
+        if port is None or not attachment.cols or not attachment.rows:
+            return
+        changed = (self.cols, self.rows) != (attachment.cols, attachment.rows)
+        self.cols, self.rows = attachment.cols, attachment.rows
+        port.link.send_message(Type.RESIZE, port.handle, messages.Resize(attachment.cols, attachment.rows))
+        if changed and self._can_capture():
+            # On terminals of another size the old picture would stay around, or under, the new one.
+            for other in self.attachments.values():
+                if other is not attachment and other.answers and not other.waiting and other.cursor >= self.log.end:
+                    self._capture(other, scrollback=False)
 
     def _audience(self) -> None:
         port = self.port
