@@ -371,7 +371,7 @@ class Session:
         """Ends an attach or resume: who arrives counts as the typist, is told of the end if there was one, and is
         fed.
         """
-        if attachment.mode == "drive" and attachment.answers:
+        if attachment.mode == "drive" and attachment.answers and self.typist is not attachment:
             self._typing(attachment)
         self._audience()
         self._announce("joined", attachment)
