@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+import sterna
 from sterna.client import blocking
 
 END = "that-was-it"
@@ -25,4 +26,9 @@ def main(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) != 2:
+        sys.exit("usage: ask_shell.py COMMAND-LINE")
+    try:
+        main(sys.argv[1])
+    except sterna.SternaError as error:
+        sys.exit(f"ask_shell: {error}")

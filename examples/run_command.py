@@ -22,4 +22,9 @@ async def main(agent: str, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2:])))
+    if len(sys.argv) < 3:
+        sys.exit("usage: run_command.py AGENT COMMAND…")
+    try:
+        sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2:])))
+    except sterna.SternaError as error:
+        sys.exit(f"run_command: {error}")

@@ -34,4 +34,9 @@ async def main(name: str, text: bytes) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2].encode())))
+    if len(sys.argv) != 3:
+        sys.exit("usage: watch_for.py SESSION TEXT")
+    try:
+        sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2].encode())))
+    except sterna.SternaError as error:
+        sys.exit(f"watch_for: {error}")

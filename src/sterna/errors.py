@@ -44,6 +44,10 @@ class Code(IntEnum):
     INTERNAL = 60
 
 
+DRAINING_TEXT = "This node stops; resume when it is back."
+"""What a node that is being stopped says with `DRAINING`; clients show it in words of their own."""
+
+
 class SternaError(Exception):
     """The root of all errors that Sterna raises on purpose.
 

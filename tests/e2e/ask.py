@@ -32,4 +32,5 @@ if __name__ == "__main__":
     found = repr(ask(sys.argv[1].encode().decode("unicode_escape").encode()))
     print("answer", found)
     for name in sys.argv[2:]:
-        Path(name).write_text(found)
+        Path(f"{name}.new").write_text(found)
+        Path(f"{name}.new").rename(name)

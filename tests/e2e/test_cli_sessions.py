@@ -238,7 +238,7 @@ def test_attach_lets_the_user_pick(rig: Rig) -> None:
     terminal = rig.terminal("attach")
     terminal.expect("q to leave)? [1] ")
     terminal.type("7\n")
-    terminal.expect("There is no such line.")
+    terminal.expect("There is no such line:")
     terminal.expect("q to leave)? [1] ")
     terminal.type("red\n")
     terminal.expect("this-is-red\r\n")
@@ -297,6 +297,7 @@ def test_share_makes_a_link_that_another_device_opens_once(rig: Rig) -> None:
         seen = rig.sterna("capture", here, env=other)
         assert seen.returncode == status, seen.stderr
         assert ("for-you" in seen.stdout) is (status == 0)
+        assert ("was used by another device already, or it expired" in seen.stderr) is (status != 0)
     watcher = {"STERNA_STATE": os.fspath(rig.directory / "device-a")}
     typed = rig.sterna("send", here, "x", env=watcher)
     assert typed.returncode != 0, "who may watch may not type"
@@ -310,6 +311,7 @@ def test_share_on_a_terminal_draws_a_code(rig: Rig) -> None:
     assert "sterna://node.example:" in seen
     assert seen.count("█") > 200
     assert "within 10 min" in seen
+    assert "    sterna attach 'sterna://node.example:" in seen
     narrow = rig.terminal("share", "--host", "node.example", cols=40)
     assert narrow.wait() == 0
     assert "too narrow" in narrow.seen.decode()
@@ -319,7 +321,9 @@ def test_devices_tokens_and_their_end(rig: Rig) -> None:
     issued = rig.json("token", "--agents", "ca*", "--modes", "watch", "--ttl", "1h")
     assert (issued["agents"], issued["modes"]) == (["ca*"], ["watch"])
     assert abs(issued["expires"] - time.time() - 3600) < 60
-    full = ok(rig, "token").strip()
+    done = rig.sterna("token")
+    full = done.stdout.strip()
+    assert done.stderr.startswith("sterna: its id is ")
     ok(rig, "new", "--name", "one")
     elsewhere = {
         "STERNA_STATE": os.fspath(rig.directory / "elsewhere"),
@@ -332,11 +336,16 @@ def test_devices_tokens_and_their_end(rig: Rig) -> None:
     other = next(device for device in known if not device["self"] and not device["revoked"])
     assert ok(rig, "revoke", other["id"][:12]) == f"Revoked the device {other['id'][:16]}.\n"
     assert "No device" in refused(rig, 1, "revoke", "ffffffffffff")
+    mine = next(device for device in known if device["self"])
+    assert "--this-device" in refused(rig, 1, "revoke", mine["id"][:12])
+    assert "no token's id" in refused(rig, 2, "revoke", "--token", "nonsense")
     assert "revoked" in next(line for line in ok(rig, "devices").splitlines() if line.startswith(other["id"][:16]))
-    assert ok(rig, "revoke", "--token", full).startswith("Revoked the token ")
+    gone = rig.sterna("ls", *address, env=elsewhere)
+    assert (gone.returncode, "remove its key" in gone.stderr) == (1, True)
+    assert ok(rig, "revoke", "--token", full).endswith(" is refused from now on.\n")
     third = {**elsewhere, "STERNA_STATE": os.fspath(rig.directory / "third")}
     denied = rig.sterna("ls", *address, env=third)
-    assert (denied.returncode, denied.stderr.startswith("sterna: Access denied")) == (1, True)
+    assert (denied.returncode, "sterna: Access denied" in denied.stderr) == (1, True)
     assert "Name a device" in refused(rig, 2, "revoke")
 
 

@@ -313,7 +313,7 @@ def children(pid: int) -> list[int]:
         ("dev", "/bin/true", 1, "sterna on dev could not prepare the connection (status 0)"),
         ("dev", "/bin/ls", 1, "if it does not know `invite`, update it there"),
         ("dev", "a'; touch x '", 2, "--remote-sterna takes a path of letters"),
-        ("nobody", "sterna", 1, "ssh could not log in to"),
+        ("nobody", "sterna", 1, "ssh could not reach"),
     ],
     ids=["missing", "fails", "says nothing", "too old", "injected", "no login"],
 )

@@ -66,9 +66,13 @@ def stage() -> Iterator[Stage]:
 # ---- questions ---------------------------------------------------------------------------------------------------
 
 
-def answered(pane: Pane) -> str:
-    found: list[str] = re.findall(r"^answer b('.*') *$", pane.expect("^answer b'.*' *$"), re.MULTILINE)
-    return found[-1]
+def ask(pane: Pane, query: str, told: Path) -> str:
+    """Has a program ask the terminal; returns what it was answered."""
+    told.unlink(missing_ok=True)
+    pane.line(f"{ASK} '{query}' {told}")
+    wait_for(told.exists, name="the answer")
+    pane.expect("^answer")
+    return told.read_text()
 
 
 def test_only_the_last_typist_answers(stage: Stage) -> None:
@@ -78,8 +82,7 @@ def test_only_the_last_typist_answers(stage: Stage) -> None:
     two = stage.attach(name, second=True, cols=100, rows=30)
     two.expect(PROMPT)
     for pane, size in ((one, "80;24"), (two, "100;30"), (one, "80;24")):
-        pane.line(f"clear; {ASK} '\\x1b[18t'")
-        assert answered(pane) == rf"'\x1b[8;{size}t'"
+        assert ask(pane, "\\x1b[18t", stage.rig.directory / name) == rf"b'\x1b[8;{size}t'"
     one.close()
     two.close()
 
@@ -90,8 +93,8 @@ def test_control_a_terminal_that_answers_everything_is_noticed(stage: Stage) -> 
     one.expect(PROMPT)
     two = stage.attach(name, second=True, cols=100, rows=30, broken="answers")
     two.expect(PROMPT)
-    one.line(f"clear; {ASK} '\\x1b[18t'")
-    assert sorted(re.findall(r"8;\d+;\d+t", answered(one))) == ["8;100;30t", "8;80;24t"]
+    answer = ask(one, "\\x1b[18t", stage.rig.directory / name)
+    assert sorted(re.findall(r"8;\d+;\d+t", answer)) == ["8;100;30t", "8;80;24t"]
     one.close()
     two.close()
 

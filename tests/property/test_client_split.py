@@ -94,7 +94,7 @@ def test_undoing_leaves_nothing_to_undo(data: bytes, cuts: list[int]) -> None:
     modes.feed(modes.undo())
     assert not modes.changed
     assert not modes.region
-    assert not modes.plain.removesuffix(b"\x1b]8;;\x1b\\")
+    assert not modes.plain.removesuffix(b"\x1b]8;;\x07")
 
 
 @given(data=OUTPUT, cuts=CUTS, limit=st.integers(1, 200))

@@ -134,8 +134,8 @@ class SnapshotBeforeAsked(Session):
     """Forgets that somebody waits for a snapshot when the pod's connection is lost."""
 
     def pod_gone(self) -> None:
-        for attachment in self._captures.values():
-            attachment.waiting = False
+        for capture in self._captures.values():
+            capture.attachment.waiting = False
         super().pod_gone()
 
 

@@ -372,3 +372,12 @@ def test_unfinished(data: bytes, rest: bytes | None) -> None:
 def test_widths() -> None:
     assert [cells(text) for text in ("abc", "你好", "e\u0301", "…", "")] == [3, 4, 1, 1, 0]
     assert [cut("你好ab", width) for width in range(7)] == ["", "", "你", "你", "你好", "你好a", "你好ab"]
+
+
+def test_the_line_says_that_the_node_stops() -> None:
+    status = StatusLine("host", OutputTail(), ModeTracker(), EngineModel)
+    status.begin(0, "the node stops, ")
+    assert "sterna: the node stops, reconnecting to host … 2 s" in status.handle_timeout(2 * 10**9, 80, 24).decode()
+    status.end()
+    status.begin(0)
+    assert "sterna: reconnecting to host … 2 s" in status.handle_timeout(2 * 10**9, 80, 24).decode()

@@ -389,8 +389,45 @@ def test_a_terminal_of_another_size_gets_a_picture_that_fits_and_so_do_the_other
     assert messages.unpack(messages.Resize, frames[0][3]) == messages.Resize(80, 24)
     captures = [messages.unpack(messages.Capture, f[3]) for f in frames[1:]]
     assert [c.scrollback for c in captures] == [False, True]
-    assert first.waiting
+    # What the others see goes on meanwhile: not a line is missing in their scroll-back.
+    assert not first.waiting
     assert second.waiting
+    sent(first.link)
+    target.pod_data(9, b", more", NOW)
+    extra = messages.Snapshot(15, data=b"picture that fits", token=captures[0].token)
+    target.pod_snapshot(extra, NOW)
+    assert [f[0] for f in sent(first.link)] == [Type.DATA, Type.SNAPSHOT]
+    assert (first.cursor, first.acked) == (15, 9)
+
+
+def test_a_picture_that_is_late_for_who_is_behind_is_left_out() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    first, second = terminal(b"a", 110, 40), terminal(b"b", 80, 24)
+    attach(target, first)
+    sent(port.link)
+    attach(target, second)
+    (token,) = [messages.unpack(messages.Capture, f[3]).token for f in sent(port.link) if f[0] == Type.CAPTURE]
+    first.window = 3
+    target.pod_data(0, b"something", NOW)
+    sent(first.link)
+    target.pod_snapshot(messages.Snapshot(9, data=b"picture", token=token), NOW)
+    assert sent(first.link) == []
+    target.client_ack(first, (3).to_bytes(8, "big"), NOW)
+    assert [(f[2], f[3]) for f in sent(first.link)] == [(3, b"eth")]
+
+
+def test_a_terminal_of_the_new_size_is_left_alone() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    first, second, third = terminal(b"a", 80, 24), terminal(b"b", 80, 24), terminal(b"c", 100, 30)
+    for each in (first, second, third):
+        attach(target, each)
+    sent(port.link)
+    target.client_input(first, Type.DATA, 0, b"x", NOW)
+    frames = sent(port.link)
+    assert [f[0] for f in frames].count(Type.RESIZE) == 1
+    assert [f[0] for f in frames].count(Type.CAPTURE) == 1
 
 
 def test_the_same_size_again_repaints_nobody() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from sterna.errors import UsageError
 if TYPE_CHECKING:
     from sterna.client.calls import Caller
 
+_TTL_MAX_SECONDS = 30 * 86_400
+_TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
 _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 
 
@@ -38,6 +41,8 @@ def share(
     from sterna.ids import NodeId, SessionUid
     from sterna.trust.links import ShareLink
 
+    if not 1 <= ttl <= _TTL_MAX_SECONDS:
+        raise UsageError(f"A link lives for 1 second to {_TTL_MAX_SECONDS // 86_400} days: choose another --ttl.")
     with _sharing_node(state, host, port) as caller:
         about = caller.call("node")
         address = _link_host(host, about["host"])
@@ -60,8 +65,10 @@ def share(
         from sterna.cli.duration import in_words
 
         _print_qr(link.terminal())
-        can = "Looks on at" if watch else "Opens"
-        print(f"{can} the session {shared['name']} on the first device that uses it within {in_words(ttl)}.")
+        can = "looks on at" if watch else "opens"
+        print(f"On another device, within {in_words(ttl)}, this {can} the session {shared['name']}:")
+        print(f"    sterna attach '{link.terminal()}'")
+        print("It is for the first device that uses it, which may use it again until then.")
 
 
 def _sharing_node(state: str | None, host: str | None, port: int | None) -> Caller:
@@ -182,11 +189,14 @@ def devices(as_json: bool, state: str | None, host: str | None, port: int | None
 
 @click.command()
 @click.argument("device", required=False)
+@click.option("--this-device", is_flag=True, help="Yes, even if DEVICE is the one that I type this on.")
 @click.option(
     "--token", "token_", metavar="TOKEN", help="Refuse this access token (its id, or all of it) instead of a device."
 )
 @node_options
-def revoke(device: str | None, token_: str | None, state: str | None, host: str | None, port: int | None) -> None:
+def revoke(
+    device: str | None, token_: str | None, this_device: bool, state: str | None, host: str | None, port: int | None
+) -> None:
     """Refuse DEVICE (its id, or the first 8 digits or more), or an access token, from now on."""
     from sterna.cli.target import reach
 
@@ -194,9 +204,11 @@ def revoke(device: str | None, token_: str | None, state: str | None, host: str 
         raise UsageError("Name a device (`sterna devices` lists them), or a token with --token.")
     with reach(state=state, host=host, port=port) as caller:
         if token_ is not None:
-            print(f"Revoked the token {caller.call('revoke', token=_token_id(token_))['token']}.")
+            # The node keeps no list of the tokens it issued, so nobody can tell whether there ever was this one.
+            print(f"The token {caller.call('revoke', token=_token_id(token_))['token']} is refused from now on.")
         else:
-            print(f"Revoked the device {caller.call('revoke', device=device)['device'][:16]}.")
+            revoked = caller.call("revoke", device=device, this_device=this_device)["device"]
+            print(f"Revoked the device {revoked[:16]}.")
 
 
 @click.command()
@@ -227,11 +239,14 @@ def token(
         print_json({"token": issued, "id": _token_id(issued), "agents": agents, "modes": wanted, "expires": expires})
     else:
         print(issued)
+        sys.stderr.write(f"sterna: its id is {_token_id(issued)}: `sterna revoke --token` takes it.\n")
 
 
 def _token_id(text: str) -> str:
     """Returns a signed token's id (docs/protocol.md, section 4); anything else is taken for an id already."""
     if not text.startswith("st1."):
+        if _TOKEN_ID.fullmatch(text) is None:
+            raise UsageError("That is no token's id (32 hex digits): give the id, or all of the token.")
         return text
     import msgspec
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("target", required=False)
+@click.argument("target", metavar="[AGENT|SESSION|LINK|user@host]", required=False)
 @click.option("--name", help="The session with this name, made if there is none.")
 @click.option("--new", "fresh", is_flag=True, help="A new session.")
 @click.option("--watch", is_flag=True, help="Look on without typing.")
@@ -52,11 +52,11 @@ def attach(
 
 
 def _again(target: str | None, state: str | None, host: str | None, port: int | None) -> str:
-    """Returns the command that comes back to a session; "" for a share link, whose secret is not to be shown."""
+    """Returns the command that comes back to a session; a share link's secret is not shown."""
     from sterna.trust.links import is_link
 
     if target is not None and is_link(target):
-        return ""
+        return "sterna attach 'LINK'"
     elsewhere = [target] if target is not None and ("@" in target or "://" in target) else []
     flags = [("--state", state), ("--host", host), ("--port", port and str(port))]
     words = ["sterna", "attach", *elsewhere, *(word for flag, value in flags if value for word in (flag, value))]

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sterna.errors import SternaError
+from sterna.errors import Code, SternaError
 
 if TYPE_CHECKING:
     import ssl
 
 Level = Literal["OK", "WARN", "FAIL"]
 
+_ADVICE = {
+    Code.REVOKED: "remove the key (device.key in the directory `client` of the state), then ask for access anew",
+    Code.DENIED: "the node's local.token was replaced: start the node again, with the same --state",
+}
 _COLOURS = {"OK": 32, "WARN": 33, "FAIL": 31}
 _ASK_SECONDS = 3.0
 _FILES_MIN = 4_096
@@ -86,8 +90,11 @@ def examine(state: str | None = None, config_path: str | None = None) -> Iterato
     for check in checks:
         try:
             yield from check()
-        except (SternaError, OSError) as error:
-            yield Finding("FAIL", "check", str(error) or type(error).__name__)
+        except SternaError as error:
+            yield Finding("FAIL", "check", str(error))
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            yield Finding("FAIL", "check", f"{place}{error.strerror or type(error).__name__}")
 
 
 # ---- software ---------------------------------------------------------------------------------------------------
@@ -156,6 +163,10 @@ def _state(state: str | None) -> Iterator[Finding]:
             found = os.lstat(path)
         except FileNotFoundError:
             continue
+        except PermissionError:
+            text = f"{path} cannot be looked at by user {os.geteuid()}"
+            yield Finding("FAIL", "state", text, "run it as the state's owner, or choose another with --state")
+            return
         if not stat.S_ISDIR(found.st_mode):
             yield Finding("FAIL", "state", f"{path} is not a directory", "move it away")
         elif found.st_uid != os.geteuid():
@@ -231,6 +242,7 @@ def _size(count: int) -> str:
 
 
 def _node(state: str | None) -> Iterator[Finding]:
+    from sterna.cli.up import running_pid
     from sterna.client.calls import Caller
     from sterna.client.endpoint import DEFAULT_PORT, LOCAL_SOCKET, Endpoint, state_of_node
     from sterna.trust.local import read_local_token
@@ -250,12 +262,13 @@ def _node(state: str | None) -> Iterator[Finding]:
             about = caller.call("node")
             agents = caller.call("list")["agents"]
     except SternaError as error:
-        yield Finding("FAIL", "node", str(error), "sterna up")
+        yield Finding("FAIL", "node", str(error), _ADVICE.get(error.code, "sterna up"))
         return
     up = int(time.time()) - int(about["started"])
     host, port = str(about["host"]), int(about["port"])
     sessions = int(about["sessions"])
-    text = f"listens on {host} port {port}, up {up // 3600} h {up // 60 % 60} min, {sessions} sessions"
+    pid = running_pid(directory)
+    text = f"pid {pid}, listens on {host} port {port}, up {up // 3600} h {up // 60 % 60} min, {sessions} sessions"
     yield Finding("OK", "node", text)
     yield from _certificate(host, port, pin.context())
     for agent in agents:

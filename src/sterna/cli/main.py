@@ -63,6 +63,18 @@ class LazyGroup(click.Group):
             add_names(command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command that is meant; a name that is close to one is named in the error."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, [known for known, (_, line) in COMMANDS.items() if line], 1)
+            ctx.fail(f"There is no command {name[:40]!r}" + (f": did you mean `sterna {close[0]}`?" if close else "."))
+        return super().resolve_command(ctx, args)
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Returns the commands and options that begin so, without importing commands."""
         from sterna.cli.completion import complete_commands
@@ -84,6 +96,14 @@ def cli(debug: bool) -> None:
         os.environ["STERNA_DEBUG"] = "1"
 
 
+def _one_sentence(error: click.ClickException) -> str:
+    """Returns what click found wrong, and where the right way stands."""
+    text = " ".join(error.format_message().split())
+    text += "" if text.endswith((".", "?", "!")) else "."
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{text} Try `{context.command_path} --help`." if context is not None else text
+
+
 def main() -> NoReturn:
     """Runs the command line: errors become one sentence on standard error; exit status 0, 1 (failed) or 2 (wrong
     use).
@@ -91,8 +111,11 @@ def main() -> NoReturn:
     try:
         result = cli.main(prog_name="sterna", standalone_mode=False)
         status = result if isinstance(result, int) else 0
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        status = 2
+    except click.ClickException as error:
+        sys.stderr.write(f"sterna: {_one_sentence(error)}\n")
         status = 2 if isinstance(error, click.UsageError) else 1
     except click.Abort:
         status = 130

@@ -24,7 +24,7 @@ _TOKEN_VARIABLE = "STERNA_NODE_TOKEN"  # noqa: S105 -- the name of a variable, n
 @click.option("--config", "path", type=click.Path(dir_okay=False), help="TOML file of settings.")
 @click.option("--host", help="Address to listen on (127.0.0.1).")
 @click.option("--name", "names", multiple=True, help="A further host name in the node's certificate; repeatable.")
-@click.option("--state", type=click.Path(file_okay=False), help="Directory of keys, metadata and journal.")
+@click.option("--state", type=click.Path(file_okay=False), help="The node's own directory: keys, metadata, journal.")
 @click.option("--token-file", type=click.Path(dir_okay=False), help="File of fixed access tokens for clients.")
 @click.option("--tls-cert", type=click.Path(dir_okay=False), help="Certificate from a public authority (PEM).")
 @click.option("--tls-key", type=click.Path(dir_okay=False), help="Its key (PEM).")
@@ -47,6 +47,11 @@ def node(path: str | None, check: bool, token: str | None, names: tuple[str, ...
     if check:
         click.echo("The configuration is good.")
         return
+    from sterna.cli.up import running_pid, runs_already
+
+    pid = running_pid(config.state)
+    if pid:
+        raise runs_already(config.state, pid, None)
     from sterna.cli.loop import run
     from sterna.cli.serve import serve_node
 

@@ -50,6 +50,8 @@ def pod(tenant: str, agent: str, sockets: str | None, kind: str, cwd: str | None
             socket_path(directory, tenant, agent), starter, kind="stream" if kind == "stream" else "pty",
             features=["snapshot"] if kind == "pty" else [], label=" ".join(command)[:80],
         )  # fmt: skip
+        use = f"attach {agent}" if kind == "pty" else f"pipe {agent} --new"
+        print(f"The agent {agent!r} is ready:  sterna {use}", flush=True)
         try:
             await stop.wait()
         finally:

@@ -32,7 +32,7 @@ _DEFAULT_SIZE = (80, 24)
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", metavar="SESSION")
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @node_options

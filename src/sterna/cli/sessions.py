@@ -8,6 +8,7 @@ import sys
 import click
 
 from sterna.cli.options import node_options
+from sterna.errors import UsageError
 
 
 @click.command()
@@ -106,14 +107,21 @@ def new(
 
 
 @click.command()
-@click.argument("session")
+@click.argument("session", required=False)
+@click.option("--ended", is_flag=True, help="Close all sessions whose program has ended.")
 @node_options
-def close(session: str, state: str | None, host: str | None, port: int | None) -> None:
+def close(session: str | None, ended: bool, state: str | None, host: str | None, port: int | None) -> None:
     """End a SESSION for good, with its program; what it printed is forgotten."""
     from sterna.cli.target import reach
 
+    if (session is None) == (not ended):
+        raise UsageError("Name a session (`sterna ls` lists them), or use --ended alone.")
     with reach(state=state, host=host, port=port) as caller:
-        print(f"Closed {caller.call('close', session=session)['name']}.")
+        which = [each["uid"] for each in caller.listing()[0] if each["state"] == "exited"] if ended else [session]
+        for each in which:
+            print(f"Closed {caller.call('close', session=each)['name']}.")
+    if not which:
+        print("No session has ended.")
 
 
 @click.command()

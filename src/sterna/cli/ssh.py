@@ -37,7 +37,10 @@ _TUNNEL_SECONDS = 20.0
 _TOOK_NOTHING = 127
 _LOGIN_FAILED = 255
 _PATH = re.compile(r"(?:~/)?[A-Za-z0-9._/+@%: -]{1,1024}\Z")
-_INSTALL = "install it there (`pipx install sterna`, Python 3.11 or newer) or say where it is with --remote-sterna PATH"
+_INSTALL = (
+    "install it there (`pipx install` of its source directory, Python 3.11 or newer) or say where it is with "
+    "--remote-sterna PATH"
+)
 
 # What ssh must not do on this call, whatever the user's configuration says for logins: no forwardings that fail or
 # linger, no other command, no terminal.
@@ -186,7 +189,10 @@ def _understood(output: str, status: int, target: Target) -> Remote:
         if _MISSING in lines:
             raise UsageError(f"There is no sterna on {target.host}: {_INSTALL}.")
         if status == _LOGIN_FAILED:
-            raise ConnectionLostError(f"ssh could not log in to {target.login}; what it said is above.")
+            raise ConnectionLostError(
+                f"ssh could not reach {target.host}, or not log in there as asked: what it said is above (`ssh "
+                f"{target.login}` has to work by itself)."
+            )
         raise ConnectionLostError(
             f"sterna on {target.host} could not prepare the connection (status {status}); what it said is above: if it "
             "does not know `invite`, update it there."

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sterna.client import endpoint as endpoints
 from sterna.client.endpoint import Endpoint, find
 from sterna.client.session import Wish
 from sterna.errors import Code, RefusedError, UsageError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sterna.client.calls import Caller
 
 DEFAULT_AGENT = "main"
+endpoints.notice = lambda text: print(f"sterna: {text}", file=sys.stderr)
 _LISTED_MAX = 50
 _ANSWER_BYTES = 1024
 
@@ -60,18 +62,27 @@ def choose(
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and sum(session["state"] != "exited" for session in sessions) > 1:
         return endpoint, _ask(sessions, agents)
-    return endpoint, Wish("latest", agent=_default_agent(agents))
+    agent = _default_agent(agents)
+    tell_ended(sessions, agent)
+    return endpoint, Wish("latest", agent=agent)
+
+
+def tell_ended(sessions: list[dict[str, Any]], agent: str) -> None:
+    """Mentions on standard error the sessions of an agent that ended and whose last output nobody has read."""
+    count = sum(session["state"] == "exited" and session["agent"] == agent for session in sessions)
+    if count:
+        kept = "1 ended session kept its" if count == 1 else f"{count} ended sessions kept their"
+        sys.stderr.write(f"sterna: {kept} last output: `sterna ls`\n")
 
 
 def _meant(target: str, sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
     """Returns the wish for a name: an agent's comes first, as an agent's first session is called after it."""
     if any(agent["name"] == target for agent in agents):
+        tell_ended(sessions, target)
         return Wish("latest", agent=target)
     for session in sessions:
         if target in (session["name"], session["uid"]):
             return Wish("join", uid=bytes.fromhex(session["uid"]))
-    if any(session["agent"] == target for session in sessions):
-        return Wish("latest", agent=target)
     raise RefusedError(
         Code.NOT_FOUND, f"There is no agent or session {target[:80]!r}: `sterna ls` shows what there is."
     )
@@ -115,7 +126,7 @@ def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
         for number, session in enumerate(order, 1):
             if answer in (str(number), session["name"]):
                 return Wish("join", uid=bytes.fromhex(session["uid"]))
-        sys.stderr.write("There is no such line.\n")
+        sys.stderr.write("There is no such line: type a number or a name from the list, n or q.\n")
 
 
 def reach(*, state: str | None, host: str | None, port: int | None) -> Caller:

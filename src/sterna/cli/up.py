@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sterna.errors import AgentError, UsageError
+from sterna.errors import AgentError, SternaError, UsageError
+
+if TYPE_CHECKING:
+    from sterna.cli.serve import Ready
 
 _POD_SECONDS = 10.0
+_STOP_SECONDS = 5.0
+_ASK_SECONDS = 3.0
+_POLL_SECONDS = 0.01
+_LOG = "node.log"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -26,38 +35,57 @@ _POD_SECONDS = 10.0
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--agent", default="main", show_default=True, help="The agent's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]),
+    help="What is logged (info); on a terminal, this sends the log to standard error.",
+)  # fmt: skip
 @click.argument("command", nargs=-1)
 def up(
     host: str, port: int, web_port: int, state: str | None, agent: str, as_json: bool,
-    command: tuple[str, ...],
+    log_level: Literal["debug", "info", "warning", "error"] | None, command: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Start everything on this machine: a node, and one agent that runs COMMAND (default: your shell).
 
-    Ctrl-C stops the node; the agent's programs go on, and `sterna up` finds them again. `sterna down` stops all.
+    Ctrl-C stops the node; the agent's programs go on, and `sterna up` finds them again. `sterna down` stops all. Where
+    a node runs already, only the agent is started.
     """
     from sterna import paths
     from sterna.cli.loop import run
-    from sterna.cli.serve import Ready, serve_node
+    from sterna.cli.serve import serve_node
     from sterna.node.config import NodeConfig
 
     base = paths.state_dir(state)
     sockets = paths.private_dir(os.path.join(base, "sockets")) if state is not None else paths.runtime_dir()
-    config = NodeConfig(host=host, port=port, web_port=web_port, state=os.path.join(base, "node"), sockets=sockets)
+    config = NodeConfig(
+        host=host, port=port, web_port=web_port, state=os.path.join(base, "node"), sockets=sockets,
+        log_level=log_level or "info",
+    )  # fmt: skip
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
     paths.private_dir(config.state)
+    if running_pid(config.state):
+        _beside(base, sockets, agent, words, as_json)
+        return
+    log_path = os.path.join(base, _LOG) if sys.stderr.isatty() and log_level is None else None
 
     def ready(about: Ready) -> None:
-        start_pod(base, sockets, agent, words)
+        found = start_pod(base, sockets, agent, words)
         _announce(about, base, agent, as_json)
+        if not as_json:
+            if found:
+                _tell_found(about, agent, list(command))
+            if log_path is not None:
+                print(f"The log is in {log_path}.", flush=True)
 
-    run(serve_node(config, ready))
+    run(serve_node(config, ready, log_path))
 
 
-def start_pod(base: str, sockets: str, agent: str, command: list[str]) -> None:
-    """Starts an agent's process unless it runs already; raises AgentError when it does not come up in time."""
+def start_pod(base: str, sockets: str, agent: str, command: list[str]) -> bool:
+    """Starts an agent's process unless it runs already, and returns whether it did; raises AgentError when it does not
+    come up in time.
+    """
     path = os.path.join(sockets, f"local_{agent}")
     if _answers(path):
-        return
+        return True
     log_path = os.path.join(base, f"agent-{agent}.log")
     with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "wb") as log:
         words = [sys.executable, "-m", "sterna", "pod", "--agent", agent, "--sockets", sockets, "--", *command]
@@ -66,24 +94,81 @@ def start_pod(base: str, sockets: str, agent: str, command: list[str]) -> None:
     while not _answers(path):
         if child.poll() is not None or time.monotonic() > deadline:
             raise AgentError(f"The agent {agent!r} did not start; {log_path} says why.")
-        time.sleep(0.01)
+        time.sleep(_POLL_SECONDS)
+    return False
 
 
-def _answers(path: str) -> bool:
+def _answers(path: str) -> int:
+    """Returns the pid of who serves a socket, 0 if nobody does."""
+    from sterna.transport.listen import peer_uid
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
             probe.connect(path)
+            return peer_uid(probe)[0]
         except OSError:
-            return False
-        return True
+            return 0
 
 
-def _announce(about: object, base: str, agent: str, as_json: bool) -> None:
-    from sterna.cli.serve import Ready
+def running_pid(directory: str) -> int:
+    """Returns the pid of the node that runs with this state directory, 0 if none does."""
+    from sterna.client.endpoint import LOCAL_SOCKET
+
+    return _answers(os.path.join(directory, LOCAL_SOCKET))
+
+
+def runs_already(directory: str, pid: int, state: str | None) -> UsageError:
+    """Returns the error for a second node with the state of one that runs; `state` is the client's own."""
+    from sterna.client.calls import Caller
+    from sterna.client.endpoint import find
+
+    try:
+        with Caller(find(state=directory), state=state, timeout=_ASK_SECONDS) as caller:
+            place = f", port {caller.call('node')['port']}"
+    except SternaError:
+        place = ""
+    return UsageError(f"A node runs here already (pid {pid}{place}): `sterna attach`, or stop it with `sterna down`.")
+
+
+def _beside(base: str, sockets: str, agent: str, command: list[str], as_json: bool) -> None:
+    """Starts only an agent, as the node runs already; raises UsageError if the agent does, too."""
+    directory = os.path.join(base, "node")
+    pid = running_pid(directory)
+    if _answers(os.path.join(sockets, f"local_{agent}")):
+        raise runs_already(directory, pid, base)
+    start_pod(base, sockets, agent, command)
+    if as_json:
+        print(json.dumps({"pid": pid, "state": base, "agent": agent}), flush=True)
+        return
+    print(f"The node runs already (pid {pid}).")
+    print(f"The agent {agent!r} is ready:  {_attach(agent)}", flush=True)
+
+
+def _attach(agent: str) -> str:
+    return f"{_program()} attach" + ("" if agent == "main" else f" {agent}")
+
+
+def _program() -> str:
+    """Returns how `sterna` can be called from here, also where it is not in the PATH."""
+    if shutil.which("sterna"):
+        return "sterna"
+    own = sys.argv[0]
+    return own if os.path.basename(own) == "sterna" else f"{sys.executable} -m sterna"
+
+
+def _tell_found(about: Ready, agent: str, command: list[str]) -> None:
+    """Says what an agent that ran already goes on with."""
+    label, sessions = about.agent(agent, _ASK_SECONDS)
+    if command and label and label != " ".join(command)[: len(label)]:
+        print(f"The agent {agent!r} goes on with `{label}`; `sterna down` first to change it.")
+    if label is not None:
+        print(f"{sessions} session{'' if sessions == 1 else 's'} found again.", flush=True)
+
+
+def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
     from sterna.cli.service import logout_hint
 
-    assert isinstance(about, Ready)
     hint = logout_hint()
     if hint is not None:
         print(hint, file=sys.stderr, flush=True)
@@ -100,8 +185,9 @@ def _announce(about: object, base: str, agent: str, as_json: bool) -> None:
         )
         print(text, flush=True)
         return
-    print(f"The node listens on {about.host} port {about.port} (fingerprint {about.fingerprint}).")
-    print(f"The agent {agent!r} is ready:  sterna attach" + ("" if agent == "main" else f" {agent}"))
+    place = f"{about.host} port {about.port}"
+    print(f"The node listens on {place} (pid {os.getpid()}, fingerprint {about.fingerprint}).")
+    print(f"The agent {agent!r} is ready:  {_attach(agent)}")
     print("Ctrl-C stops the node, the programs go on; `sterna down` stops all.", flush=True)
 
 
@@ -110,25 +196,35 @@ def _announce(about: object, base: str, agent: str, as_json: bool) -> None:
 def down(state: str | None) -> None:
     """Stop the node and all agents that run on this machine for you, with their programs."""
     from sterna import paths
-    from sterna.client.endpoint import state_of_node
-    from sterna.transport.listen import peer_uid
+    from sterna.client.endpoint import LOCAL_SOCKET, state_of_node
 
     base = paths.state_dir(state)
     sockets = os.path.join(base, "sockets") if state is not None else paths.runtime_path()
-    targets = [os.path.join(state_of_node(base), "node.sock")]
+    agents: list[str] = []
     if os.path.isdir(sockets):
-        targets += [os.path.join(sockets, name) for name in sorted(os.listdir(sockets)) if "_" in name]
-    stopped = 0
-    for path in targets:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-                pid, uid = peer_uid(probe)
-            except OSError:
-                continue
-            if uid == os.geteuid() and pid > 1:
-                os.kill(pid, signal.SIGTERM)
-                stopped += 1
+        agents = [os.path.join(sockets, name) for name in sorted(os.listdir(sockets)) if "_" in name]
+    # The agents first: while the node runs it learns from them that their sessions ended, and how.
+    stopping = [path for path in agents if _stop(path)]
+    deadline = time.monotonic() + _STOP_SECONDS
+    while any(map(os.path.exists, stopping)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    stopped = len(stopping) + _stop(os.path.join(state_of_node(base), LOCAL_SOCKET))
     if not stopped:
         raise UsageError("Nothing runs here.")
     print(f"Stopped {stopped} process{'es' if stopped > 1 else ''}.")
+
+
+def _stop(path: str) -> bool:
+    """Asks who serves a socket to end, if that is one of our processes, and returns whether it was."""
+    from sterna.transport.listen import peer_uid
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+            pid, uid = peer_uid(probe)
+            if uid != os.geteuid() or pid <= 1:
+                return False
+            os.kill(pid, signal.SIGTERM)
+        except OSError:
+            return False
+        return True

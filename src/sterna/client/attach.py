@@ -17,7 +17,7 @@ from sterna.client.queries import LIVE, PASSIVE, REPLAY, QueryFilter
 from sterna.client.session import Wish, make_machine
 from sterna.client.status import OutputTail, ScreenModel, StatusLine, unfinished
 from sterna.client.terminal import Terminal
-from sterna.errors import Code, RefusedError
+from sterna.errors import DRAINING_TEXT, Code, RefusedError
 from sterna.protocol import client as machine_events
 from sterna.protocol.client import ClientMachine, Event
 from sterna.protocol.messages import Accept, Close
@@ -125,10 +125,19 @@ class Attach:
                 lines.append(f"The session {self._name} ended: {self._close.reason}")
             elif self._close.status is None and self._close.signal is None:
                 lines.append(f"The session {self._name} was closed.")
+            elif self._name and os.isatty(self._terminal.out_fd):
+                lines.append(f"The session {self._name} ended.")
         elif self._left:
             again = self._options.again.replace("NAME", self._name)
-            lines.append(f"Detached from {self._name}; `{again}` comes back." if self._name and again else "Detached.")
-        return "\n".join(line for line in lines if line)
+            # A share link is good for the device that used it first, and that is this one, as long as it lives.
+            until = " until the link expires" if self._endpoint.session is not None else ""
+            line = f"Detached from {self._name}; `{again}` comes back{until}."
+            lines.append(line if self._name and again else "Detached.")
+        return "".join(f"sterna: {line}\n" for line in lines if line)
+
+    def at_line_start(self) -> bool:
+        """Tells whether the terminal's cursor is known to stand on an empty line."""
+        return not self._name or self._tail.data().endswith(b"\n")
 
     # ---- the terminal ------------------------------------------------------------------------------------------
 
@@ -204,7 +213,7 @@ class Attach:
             if event.since is None:
                 self._write(self._status.end())
             else:
-                self._status.begin(event.since)
+                self._status.begin(event.since, "the node stops, " if event.reason == DRAINING_TEXT else "")
         elif isinstance(event, machine_events.Roomy):
             self._roomy()
         elif isinstance(event, machine_events.Opened):
@@ -294,5 +303,5 @@ def attach(endpoint: Endpoint, wish: Wish, options: AttachOptions) -> int:
         status = run.run()
     words = run.farewell()
     if words:
-        sys.stderr.write(f"\n{words}\n")
+        sys.stderr.write(words if run.at_line_start() else f"\n{words}")
     return status

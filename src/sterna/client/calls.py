@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sterna.client.endpoint import Address, Endpoint, client_state
+from sterna.client.endpoint import Address, Endpoint, client_state, stranger, unreachable
 from sterna.client.session import device_label
-from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError, TrustError
+from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError
 from sterna.protocol import messages
 from sterna.protocol.codec import Frame
 from sterna.protocol.frame import Type
@@ -134,23 +134,22 @@ class Caller:
             sock = self.endpoint.context.wrap_socket(sock)
         except ssl.SSLCertVerificationError:
             sock.close()
-            text = f"The node at {self.endpoint.name} is not the one known there: its certificate is another's."
-            raise TrustError(text) from None
+            raise stranger(self.endpoint) from None
         except TimeoutError:
             sock.close()
             raise self._silent() from None
         except OSError as error:
             sock.close()
-            raise ConnectionLostError(self._unreachable(error)) from None
+            raise self._unreachable(error) from None
         except BaseException:
             sock.close()
             raise
         return sock
 
-    def _unreachable(self, error: OSError) -> str:
+    def _unreachable(self, error: OSError) -> ConnectionLostError:
         if self.endpoint.context is None:
-            return "No node runs here any more: start it again with `sterna up`."
-        return f"The node at {self.endpoint.name} cannot be reached: {error.strerror or error}."
+            return ConnectionLostError("No node runs here any more: start it again with `sterna up`.")
+        return unreachable(self.endpoint.name, error)
 
     def _prove(self, state: str | None) -> None:
         endpoint = self.endpoint
@@ -175,7 +174,7 @@ class Caller:
         except TimeoutError:
             raise self._silent() from None
         except OSError as error:
-            raise ConnectionLostError(self._unreachable(error)) from None
+            raise self._unreachable(error) from None
 
     def _frame(self) -> Frame:
         """Returns the next frame; an ERROR is raised, a PING answered."""
@@ -197,7 +196,7 @@ class Caller:
         except TimeoutError:
             raise self._silent() from None
         except OSError as error:
-            raise ConnectionLostError(self._unreachable(error)) from None
+            raise self._unreachable(error) from None
         if not data:
             raise ConnectionLostError(f"The node at {self.endpoint.name} ended the connection; try again.")
         self._frames += self._link.receive(data)

@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 
-from sterna.client.endpoint import Endpoint
+from sterna.client.endpoint import Endpoint, unreachable
 from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
 from sterna.protocol.client import ClientMachine, Dial, Event
 from sterna.units import MILLISECOND
@@ -241,8 +241,7 @@ class PollDriver:
         except OSError as error:
             # The network may have ended it; what the other side does not speak or want stays so.
             again = isinstance(error, (ssl.SSLEOFError, ConnectionError))
-            text = f"The TLS handshake with {self.endpoint.name} failed: {error}."
-            self._failed(channel, refused=True, again=again, reason=text)
+            self._failed(channel, refused=True, again=again, reason=str(unreachable(self.endpoint.name, error)))
         else:
             channel.shaking = False
             self._open(channel)

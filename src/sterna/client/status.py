@@ -173,7 +173,7 @@ class StatusLine:
 
     __slots__ = (
         "_color", "_hint", "_last", "_make_screen", "_message", "_model", "_modes", "_next_ns", "_row", "_shown",
-        "_since_ns", "_size", "_tail", "_title", "_unicode", "_unfinished",
+        "_since_ns", "_size", "_tail", "_title", "_unicode", "_unfinished", "_why",
     )  # fmt: skip
 
     def __init__(
@@ -195,6 +195,7 @@ class StatusLine:
         self._color = color
         self._unicode = unicode
         self._since_ns: int | None = None
+        self._why = ""
         self._next_ns = 0
         self._size = (0, 0)
         self._model: ScreenModel | None = None
@@ -209,10 +210,14 @@ class StatusLine:
         """Whether the terminal shows it; `end` has to be called before anything else is written."""
         return self._row >= 0 or self._title
 
-    def begin(self, now_ns: int) -> None:
-        """Notes that trouble began, unless it already has; nothing is shown for STATUS_DELAY_MS."""
+    def begin(self, now_ns: int, why: str = "") -> None:
+        """Notes that trouble began, unless it already has; nothing is shown for STATUS_DELAY_MS.
+
+        `why`, with a comma at its end, stands before what is shown.
+        """
         if self._since_ns is None:
             self._since_ns = now_ns
+            self._why = why
             self._next_ns = now_ns + STATUS_DELAY_MS * MILLISECOND
 
     def next_timeout(self) -> int | None:
@@ -335,7 +340,7 @@ class StatusLine:
 
     def _text(self, elapsed: int) -> str:
         dots = "…" if self._unicode else "..."
-        text = f"sterna: {self._message} {dots} {elapsed} s"
+        text = f"sterna: {self._why}{self._message} {dots} {elapsed} s"
         if self._hint:
             text += f"  ({self._hint})"
         return text if self._unicode else text.encode("ascii", "replace").decode()

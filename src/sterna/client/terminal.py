@@ -120,7 +120,7 @@ class ModeTracker:
         parts = [b"\x1b(B"] if self._charsets.get(b"(") else []
         parts += [b"\x0f"] if self._shifted else []
         parts += [b"\x1b[4l"] if _INSERT in self._ansi else []
-        parts += [b"\x1b]8;;\x1b\\"] if self._link else []
+        parts += [b"\x1b]8;;\x07"] if self._link else []
         return b"".join(parts)
 
     @property
@@ -265,7 +265,7 @@ class ModeTracker:
         parts += [b"\x1b%bB" % slot for slot, charset in sorted(self._charsets.items()) if charset]
         parts += [b"\x0f"] if self._shifted else []
         parts += [b"\x1b[ q"] if self._shape else []
-        parts += [b"\x1b]8;;\x1b\\"] if self._link else []
+        parts += [b"\x1b]8;;\x07"] if self._link else []
         parts += [b"\x1b]1%b\x1b\\" % (b"04" if colour == b"4" else colour) for colour in sorted(self._colours)]
         parts.append(b"\x1b[m")
         region = [b"\x1b[?%dl" % number for number in (_ORIGIN, _MARGINS) if number in self.changed]

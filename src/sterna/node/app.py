@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sterna import limits, paths
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import Code
+from sterna.errors import DRAINING_TEXT, Code
 from sterna.journal.journal import Journal
 from sterna.node.calls import Calls
 from sterna.node.clients import ClientConnection
@@ -274,7 +274,7 @@ class Node:
 
         def tell() -> None:
             for connection in list(self.connections):
-                connection.link.fail(Code.DRAINING, "This node stops; resume when it is back.", retry_after=1.0)
+                connection.link.fail(Code.DRAINING, DRAINING_TEXT, retry_after=1.0)
 
         self.reactor.run(tell)
         if self.connections:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, RefusedError, SternaError
 from sterna.ids import DeviceId, check_name, clean_label
 from sterna.node.doorkeeper import Visitor
-from sterna.node.store import SessionRow
+from sterna.node.store import REVOKED_TEXT, SessionRow
 from sterna.protocol import messages
 from sterna.protocol.states import Cause, State
 from sterna.trust.tickets import new_ticket
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sterna.node.clients import ClientConnection
 
 _PAGE = 100
+# Of a signed token, and of one in a token file (sterna.trust.tokens).
+_TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
 _TTL_MAX_SECONDS = 30 * 86_400
 
 
@@ -55,10 +58,14 @@ class _Rename(msgspec.Struct, gc=False):
 
 
 class _Revoke(msgspec.Struct, gc=False):
-    """A device (its id in hex, or the beginning of it) or an access token (its id) to refuse from now on."""
+    """A device (its id in hex, or the beginning of it) or an access token (its id) to refuse from now on.
+
+    `this_device` says that the caller knows that it means itself.
+    """
 
     device: str = ""
     token: str = ""
+    this_device: bool = False
 
 
 class _Token(msgspec.Struct, gc=False):
@@ -270,6 +277,8 @@ class Calls:
     def _revoke(self, visitor: Visitor, request: _Revoke) -> dict[str, Any]:
         self._owner(visitor)
         if request.token:
+            if _TOKEN_ID.fullmatch(request.token) is None:
+                raise RefusedError(Code.BAD_REQUEST, "That is no token's id: give the id or all of the token.")
             self._node.doorkeeper.revoke_token(request.token)
             return {"token": request.token}
         found = [
@@ -279,16 +288,22 @@ class Calls:
         ]
         if len(found) != 1:
             raise RefusedError(
-                Code.NOT_FOUND, "No device, or more than one, begins with that; `sterna devices` shows them."
+                Code.NOT_FOUND,
+                "No device, or more than one, begins with that (8 digits at least); `sterna devices` shows them.",
             )
         device = DeviceId(found[0])
+        if device == visitor.device and not request.this_device:
+            raise RefusedError(
+                Code.BAD_REQUEST,
+                "That is this very device, which could not come in any more: if you mean it, add --this-device.",
+            )
         self._node.store.revoke_device(visitor.tenant, device)
         now = SYSTEM_CLOCK.monotonic()
         for session in list(self._node.table.hot()):
             if session.tenant == visitor.tenant:
                 for attachment in list(session.attachments.values()):
                     if attachment.device == device:
-                        session.drop(attachment, Code.REVOKED, "This device was revoked.", now)
+                        session.drop(attachment, Code.REVOKED, REVOKED_TEXT, now)
         for connection in self._node.connections:
             caller = connection.visitor
             if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):

@@ -12,7 +12,8 @@ from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, ProtocolError, RefusedError, SternaError, StorageError
 from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_label
 from sterna.node.doorkeeper import Visitor
-from sterna.node.store import SessionRow
+from sterna.node.pods import RESTARTED_TEXT
+from sterna.node.store import REVOKED_TEXT, SessionRow
 from sterna.protocol import messages
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.codec import Frame
@@ -278,7 +279,7 @@ class ClientConnection:
             return
         device = self.node.store.device(attachment.device, session.tenant)
         if device is not None and device.revoked:
-            self.link.refuse(attachment.handle, Code.REVOKED, "This device was revoked.")
+            self.link.refuse(attachment.handle, Code.REVOKED, REVOKED_TEXT)
             return
         if len(session.attachments) >= limits.ATTACHMENTS_MAX:
             self.link.refuse(
@@ -310,10 +311,24 @@ class ClientConnection:
             if row is not None:
                 return row, False
         elif body.want == "latest":
-            row = store.latest_session(visitor.tenant, body.agent, visitor.device) if body.agent else None
+            row = self._latest(visitor, body.agent) if body.agent else None
             if row is not None:
                 return row, False
         return self._create(visitor, body), True
+
+    def _latest(self, visitor: Visitor, agent: str) -> SessionRow | None:
+        """Returns the latest session that goes on; one of an earlier run of the agent's process is over."""
+        pod = self.node.registry.pod(visitor.tenant, agent)
+        connection = pod.connection if pod is not None else None
+        hello = connection.hello if connection is not None else None
+        while (row := self.node.store.latest_session(visitor.tenant, agent, visitor.device)) is not None:
+            if hello is None or row.instance in (b"", hello.instance):
+                break
+            self.node.table.agent_lost(row.number, RESTARTED_TEXT, SYSTEM_CLOCK.monotonic())
+            after = self.node.store.session(row.number)
+            if after is not None and after.state not in (State.EXITED, State.CLOSED):
+                break  # the disk is full: its end could not be stored
+        return row
 
     def _create(self, visitor: Visitor, body: ConnectBody) -> SessionRow:
         if "drive" not in visitor.modes or body.mode != "drive":

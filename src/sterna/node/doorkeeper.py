@@ -10,7 +10,7 @@ from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, ProtocolError, RefusedError, StorageError, TrustError
 from sterna.ids import AttachmentId, DeviceId, NodeId, check_agent
-from sterna.node.store import AttachmentRow, Store
+from sterna.node.store import REVOKED_TEXT, AttachmentRow, Store
 from sterna.protocol import messages
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
 from sterna.trust import device as device_keys
@@ -21,6 +21,8 @@ from sterna.units import SECOND
 log = logging.getLogger("sterna.node.doorkeeper")
 
 _DENIED = "Access denied: the token, ticket or key is not valid for this."
+_TICKET = "This link is not valid: it was used by another device already, or it expired; ask for a new one."
+_WATCH_ONLY = "This access is for looking on only: use --watch, or ask for access that allows typing."
 _MINUTE = 60 * SECOND
 _ADDRESSES_MAX = 10_000
 # A key that no device has; a proof for an unknown attachment is checked against it so that the answer takes as long.
@@ -97,7 +99,7 @@ class Doorkeeper:
             raise ProtocolError(Code.BAD_PAYLOAD, "attachment and request have 16 bytes")
         visitor = self._credential(body)
         if body.agent and body.want not in ("join", "call") and not visitor.may_use(check_agent(body.agent), body.mode):
-            raise RefusedError(Code.DENIED, _DENIED)
+            raise RefusedError(Code.DENIED, _WATCH_ONLY if visitor.may_use(body.agent, "watch") else _DENIED)
         visitor.label = body.label
         return visitor
 
@@ -122,7 +124,8 @@ class Doorkeeper:
                 grant = self._access.grant(body.credential, wall // SECOND, self._revoked)
             except TrustError as error:
                 code = error.code if error.code == Code.EXPIRED else Code.DENIED
-                raise RefusedError(code, str(error) if code == Code.EXPIRED else _DENIED) from None
+                text = str(error) if code == Code.EXPIRED else _TICKET if hashed else _DENIED
+                raise RefusedError(code, text) from None
             if body.tenant and body.tenant != grant.tenant:
                 raise RefusedError(Code.DENIED, _DENIED)
             visitor = Visitor(grant.tenant, device, body.key, tuple(grant.agents), grant.modes)
@@ -150,7 +153,7 @@ class Doorkeeper:
         ):
             raise RefusedError(Code.DENIED, _DENIED)
         if row.revoked:
-            raise RefusedError(Code.REVOKED, "This device was revoked.")
+            raise RefusedError(Code.REVOKED, REVOKED_TEXT)
         if body.min > messages.VERSION or body.max < messages.VERSION - 1:
             raise RefusedError(Code.VERSION, f"This node speaks protocol version {messages.VERSION}.")
         counter, race = max((row.counter, row.race), self._spent.get(body.attachment, (0, b"")))

@@ -1,10 +1,14 @@
-"""Logs as JSON, one object on a line, on standard error."""
+"""Logs as JSON, one object on a line, on standard error or in a file."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from datetime import UTC, datetime
+
+from sterna.errors import StorageError
 
 _PLAIN = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
 
@@ -26,9 +30,21 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str, ensure_ascii=False)
 
 
-def configure(level: str) -> None:
-    """Sends logs of this level (debug, info, warning, error) and above to standard error."""
-    handler = logging.StreamHandler()
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def configure(level: str, path: str | None = None) -> None:
+    """Sends logs of this level (debug, info, warning, error) and above to standard error, or to the end of a file.
+
+    Raises StorageError if the file cannot be written.
+    """
+    try:
+        # Closed with the process: the log is written to its very end.
+        stream = sys.stderr if path is None else open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 -- see above
+    except OSError as error:
+        raise StorageError(f"The log {path} cannot be written: {error.strerror}.") from None
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

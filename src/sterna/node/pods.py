@@ -36,6 +36,9 @@ Ready = Callable[[str], None]
 _OPEN_BATCH = 32
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _GONE_SECONDS = 3.0
+_DIED = "The agent's process is gone."
+RESTARTED_TEXT = "The agent was restarted and does not have this session any more."
+_STOPPED = "The agent was stopped (`sterna down`, or a signal)."
 _DATA, _ACK, _EXIT = int(Type.DATA), int(Type.ACK), int(Type.EXIT)
 
 
@@ -72,6 +75,7 @@ class PodConnection:
         self.pump = Pump(reactor, sock, self.link, self, peer=pod.name)
         self.hello: messages.Hello | None = None
         self.features: frozenset[str] = frozenset()
+        self.stopped = False
         self._handles: dict[int, Target] = {}
         self._opening: dict[int, tuple[int, list[Ready]]] = {}
         self._asked: dict[int, int] = {}
@@ -142,6 +146,7 @@ class PodConnection:
             self._session_frame(handle, target, frame, now)
         elif kind == Type.ERROR and handle == 0:
             error = messages.unpack(messages.Error, payload)
+            self.stopped = error.code == Code.ENDED
             log.warning("pod ended the connection", extra={"pod": self.pod.name, "reason": error.message})
 
     def _session_frame(self, handle: int, target: Target, frame: Frame, now: int) -> None:
@@ -184,7 +189,7 @@ class PodConnection:
             self._handles.pop(handle, None)
             reason = opened.error.message
             if opened.error.code == Code.NOT_FOUND:
-                self._table.agent_lost(number, "The agent was restarted and does not have this session any more.", now)
+                self._table.agent_lost(number, RESTARTED_TEXT, now)
             else:
                 self._table.refused(number, opened.error.message, now)
         else:
@@ -218,6 +223,9 @@ class PodConnection:
         waiting = [ready for _, readies in self._opening.values() for ready in readies]
         self._opening.clear()
         self.pod.lost(self, reason)
+        if self.stopped:
+            # A pod that says goodbye takes its programs with it: nobody has to wait until its socket is missed.
+            self._table.agent_gone(self.pod.tenant, self.pod.agent, _STOPPED, SYSTEM_CLOCK.monotonic())
         for ready in waiting:
             ready("The agent's connection was lost.")
 
@@ -295,19 +303,20 @@ class Pod:
         if not self._absent_since:
             self._absent_since = loop.time()
         if error.errno in (errno.ECONNREFUSED, errno.ENOENT) and loop.time() - self._absent_since >= _GONE_SECONDS:
-            self.forget("nobody serves its socket")
+            # A pod that stops removes its socket, one that dies leaves it behind.
+            self.forget("nobody serves its socket", _STOPPED if error.errno == errno.ENOENT else _DIED)
             return
         delay = _RETRY_SECONDS[min(self._tries, len(_RETRY_SECONDS) - 1)]
         self._tries += 1
         self._timer = loop.call_later(delay, self.connect)
 
-    def forget(self, reason: str) -> None:
-        """Gives the pod up: its sessions end as lost."""
+    def forget(self, reason: str, ending: str = _DIED) -> None:
+        """Gives the pod up: its sessions end as lost, with the sentence `ending`."""
         self.gone = True
         if self._timer is not None:
             self._timer.cancel()
         log.info("pod gone", extra={"pod": self.name, "reason": reason})
-        self.registry.forget(self)
+        self.registry.forget(self, ending)
         self._tell(None)
 
     def ready(self, connection: PodConnection) -> None:
@@ -445,11 +454,11 @@ class PodRegistry:
         """Returns all pods (of one tenant), by name."""
         return [pod for key, pod in sorted(self._pods.items()) if tenant is None or key[0] == tenant]
 
-    def forget(self, pod: Pod) -> None:
-        """Drops a pod that is gone, and ends its sessions."""
+    def forget(self, pod: Pod, ending: str) -> None:
+        """Drops a pod that is gone, and ends its sessions with the sentence `ending`."""
         if self._pods.get((pod.tenant, pod.agent)) is pod:
             del self._pods[(pod.tenant, pod.agent)]
-        self.table.agent_gone(pod.tenant, pod.agent, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
+        self.table.agent_gone(pod.tenant, pod.agent, ending, SYSTEM_CLOCK.monotonic())
 
     def reopen(self, connection: PodConnection) -> None:
         """Begins to open a pod's known sessions: one batch of one pod in each turn of the loop, however many there
@@ -504,7 +513,7 @@ class PodRegistry:
         left = self._started + _GONE_SECONDS - loop.time()
         if fresh is not None or left <= 0:
             if fresh is None:
-                self.table.agent_gone(*key, "The agent's process is gone.", SYSTEM_CLOCK.monotonic())
+                self.table.agent_gone(*key, _STOPPED, SYSTEM_CLOCK.monotonic())
             ready("There is no such agent here.")
             return
         done = False

@@ -8,7 +8,7 @@ In the SQL, phase 2 is living, 1 exited, 0 closed (sterna.node.schema).
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -52,6 +52,10 @@ SWEEP_ROWS = 4
 REVOKED_TOKENS_MAX = 10_000
 SEEN_EVERY_SECONDS = 60
 NAME_MAX_CHARS = 63
+REVOKED_TEXT = (
+    "This device was revoked: remove its key (the file client/device.key in its state directory), then ask for access "
+    "anew."
+)
 # Room for "-" and the largest number a tenant can need.
 _SUFFIX_CHARS = 1 + len(str(limits.SESSIONS_PER_TENANT_MAX * 2))
 _REQUEST_MEMORY = limits.REQUEST_MEMORY_SECONDS * SECOND
@@ -122,23 +126,19 @@ class Store:
         return session_row(row) if row is not None else None
 
     def latest_session(self, tenant: str, agent: str, device: DeviceId) -> SessionRow | None:
-        """Returns the device's last used session with an agent, else the tenant's newest; never a closed one."""
+        """Returns the device's last used session with an agent that goes on, else the tenant's newest, else None."""
         row = self._db.one(
             SELECT_SESSION + "JOIN attachments a ON a.session = s.number JOIN devices d ON d.row = a.device "
-            "WHERE d.tenant = ? AND d.device = ? AND a.open = 1 AND a.agent = ? ORDER BY a.used DESC LIMIT 1",
+            "WHERE d.tenant = ? AND d.device = ? AND a.open = 1 AND a.agent = ? AND s.phase = 2 "
+            "ORDER BY a.used DESC LIMIT 1",
             (tenant, device, agent),
         )
         if row is None:
-            row = max(self._newest(tenant, agent, 2), self._newest(tenant, agent, 1), key=lambda found: found[:1])
-        return session_row(row) if row else None
-
-    def _newest(self, tenant: str, agent: str, phase: int) -> tuple[Any, ...]:
-        """Returns the newest session of an agent in a phase as SELECT_SESSION, or an empty row."""
-        row: tuple[Any, ...] | None = self._db.one(
-            SELECT_SESSION + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = ? ORDER BY s.number DESC LIMIT 1",
-            (tenant, agent, phase),
-        )
-        return row or ()
+            row = self._db.one(
+                SELECT_SESSION + "WHERE s.tenant = ? AND s.agent = ? AND s.phase = 2 ORDER BY s.number DESC LIMIT 1",
+                (tenant, agent),
+            )
+        return session_row(row) if row is not None else None
 
     def sessions(
         self, tenant: str | None = None, states: Iterable[State] | None = None, after: int = 0, limit: int = 200
@@ -509,7 +509,7 @@ class Store:
             return
         number, old_label, seen, revoked = known
         if revoked:
-            raise RefusedError(Code.REVOKED, "This device was revoked: ask for access anew with another key.")
+            raise RefusedError(Code.REVOKED, REVOKED_TEXT)
         # To the minute is enough for a list, and saves a write for most connections.
         if label != old_label or abs(now - seen) >= SEEN_EVERY_SECONDS * SECOND:
             self._db.write("UPDATE devices SET label = ?, seen = ? WHERE row = ?", (label, now, number))

@@ -180,6 +180,7 @@ class PodServer:
             if runner is not None:
                 runner.close()
         for pump in list(self._pumps):
+            pump.link.fail(Code.ENDED, "The agent was stopped.")
             pump.flush()
             pump.abort("the pod stops")
         try:

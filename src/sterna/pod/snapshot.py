@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from sterna import limits
+
 # DEC private modes that are restored one by one, with their value after a reset.
 MODES: Final[dict[int, bool]] = {
     1: False,  # application cursor keys
@@ -47,7 +49,7 @@ _RESET: Final = tuple(n for n, value in MODES.items() if not value and n not in 
 ALT_SCREEN_MODES: Final = (1049, 1047, 47)
 
 _ASCII: Final = b"\x1b(B\x1b)B\x1b*B\x1b+B\x0f"
-_PLAIN: Final = b'\x1b[0m\x1b]8;;\x1b\\\x1b[0"q'
+_PLAIN: Final = b'\x1b[0m\x1b]8;;\x07\x1b[0"q'
 _CONTROLS: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _GAPS: Final = re.compile("(\0+)")
 
@@ -240,7 +242,9 @@ class TerminalState:
 def write_snapshot(state: TerminalState) -> bytes:
     """Returns the bytes that repaint `state` on a terminal of its size."""
     out = bytearray(_prefix(state))
-    out += _paint(state.main, erase=b"\x1b[H\x1b[J\x1b[3J" if state.scrollback else b"\x1b[H\x1b[J")
+    # Without scroll-back, what the terminal has there must stay as it is, and some put there what ED clears: not so DL.
+    erase = b"\x1b[H\x1b[J\x1b[3J" if state.scrollback else b"\x1b[H\x1b[%dM" % limits.SIZE_MAX_CELLS
+    out += _paint(state.main, erase=erase)
     active = state.main
     if state.alternate is not None:
         # The main screen's cursor comes back from its saved one, or is the alternate screen's: it needs no place here.
@@ -390,7 +394,7 @@ class _Brush:
             self.out += b"\x1b[0" + sgr + b"m"
         if run.link != self.link:
             self.link = run.link
-            self.out += b"\x1b]8;;" + run.link + b"\x1b\\"
+            self.out += b"\x1b]8;;" + run.link + b"\x07"
         if run.protected is not self.protected:
             self.protected = run.protected
             self.out += b'\x1b[1"q' if run.protected else b'\x1b[0"q'
@@ -400,7 +404,7 @@ class _Brush:
         if self.sgr:
             self.out += b"\x1b[0m"
         if self.link:
-            self.out += b"\x1b]8;;\x1b\\"
+            self.out += b"\x1b]8;;\x07"
         if self.protected:
             self.out += b'\x1b[0"q'
         self.sgr = self.link = b""

@@ -70,13 +70,12 @@ class Attachment:
     """One client process or browser tab, connected now.
 
     `cursor` is the next output position to send, `acked` what the client has handled; `waiting` holds output back until
-    a snapshot came, of which `parts` parts are sent; `laggard` means that it no longer paces the agent. `answers` says
-    that a terminal is there.
+    a snapshot came; `laggard` means that it no longer paces the agent. `answers` says that a terminal is there.
     """
 
     __slots__ = (
         "acked", "answers", "closing", "cols", "cursor", "device", "exact", "handle", "id", "label", "lane", "laggard",
-        "link", "lost", "mode", "parts", "progress", "resync", "rows", "session", "waiting", "window",
+        "link", "lost", "mode", "progress", "resync", "rows", "session", "waiting", "window",
     )  # fmt: skip
 
     def __init__(
@@ -95,10 +94,23 @@ class Attachment:
         self.window = limits.WINDOW_BYTES
         self.waiting = self.laggard = self.resync = self.closing = False
         self.progress = 0
-        self.parts = 0
         self.lost: Lost | None = None
         self.lane: Lane | None = None
         self.session: Session | None = None
+
+
+class Capture:
+    """A snapshot that the pod was asked for: who gets it, and how many `parts` came.
+
+    An `extra` one stands for nothing that is lost: it is shown at its place in the output, or not at all.
+    """
+
+    __slots__ = ("attachment", "extra", "parts")
+
+    def __init__(self, attachment: Attachment, *, extra: bool) -> None:
+        self.attachment = attachment
+        self.extra = extra
+        self.parts = 0
 
 
 class Ended:

@@ -12,7 +12,7 @@ from sterna import limits
 from sterna.errors import Code, LostBytesError, ProtocolError, StorageError
 from sterna.ids import AttachmentId, SessionUid
 from sterna.protocol import messages
-from sterna.protocol.attachment import Attachment, Ended, Lane, OutputLog, PodPort
+from sterna.protocol.attachment import Attachment, Capture, Ended, Lane, OutputLog, PodPort
 from sterna.protocol.frame import Type, expand
 from sterna.protocol.messages import Kind, LaneState, Lost
 from sterna.protocol.states import Cause, State, step
@@ -79,7 +79,7 @@ class Session:
         self.ended: Ended | None = None
         self.events: list[str] = []
         self.final = b""
-        self._captures: dict[int, Attachment] = {}
+        self._captures: dict[int, Capture] = {}
         self._away: dict[AttachmentId, tuple[int, int]] = {}  # exact drivers without a connection: position, since when
         self._token = 0
         self._read = False  # a driver has had all output and the end
@@ -197,12 +197,17 @@ class Session:
         if part.token == 0:
             self._take_final(part)
             return
-        attachment = self._captures.get(part.token)
-        if attachment is None:
+        capture = self._captures.get(part.token)
+        if capture is None:
             return
-        if part.part != attachment.parts or part.part >= _PARTS_MAX or part.position > self.log.end:
+        if part.part != capture.parts or part.part >= _PARTS_MAX or part.position > self.log.end:
             raise ProtocolError(Code.BAD_PAYLOAD, "the parts of a snapshot are out of order, too many, or too early")
-        attachment.parts += 1
+        capture.parts += 1
+        attachment = capture.attachment
+        if capture.extra and (attachment.waiting or attachment.cursor != part.position):
+            # It has fallen behind and gets a whole one, or sees for itself what the program draws.
+            del self._captures[part.token]
+            return
         lost = None
         if part.part == 0 and attachment.lost is not None:
             lost = Lost(attachment.lost.start, max(part.position, attachment.lost.start))
@@ -213,6 +218,8 @@ class Session:
         )
         if part.last:
             del self._captures[part.token]
+            if capture.extra:
+                return
             attachment.waiting = False
             attachment.lost = None
             attachment.cursor = attachment.acked = max(part.position, attachment.cursor)
@@ -397,7 +404,7 @@ class Session:
         self._note_read(attachment)
         if attachment.lane is not None and attachment.lane.attachment is attachment:
             attachment.lane.attachment = None
-        for token in [t for t, waiting in self._captures.items() if waiting is attachment]:
+        for token in [t for t, capture in self._captures.items() if capture.attachment is attachment]:
             del self._captures[token]
         if self.typist is attachment:
             self.typist = None
@@ -591,13 +598,13 @@ class Session:
     def _can_capture(self) -> bool:
         return self.port is not None and self.ended is None and "snapshot" in self.port.features
 
-    def _capture(self, attachment: Attachment, *, scrollback: bool = True) -> None:
+    def _capture(self, attachment: Attachment, *, extra: bool = False) -> None:
         port = self.port
         assert port is not None
         self._token += 1
-        self._captures[self._token] = attachment
-        attachment.waiting, attachment.parts = True, 0
-        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token, scrollback))
+        self._captures[self._token] = Capture(attachment, extra=extra)
+        attachment.waiting |= not extra
+        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token, not extra))
 
     def _farewell(self) -> messages.Close:
         ended = self.ended
@@ -700,8 +707,9 @@ class Session:
         if changed and self._can_capture():
             # On terminals of another size the old picture would stay around, or under, the new one.
             for other in self.attachments.values():
-                if other is not attachment and other.answers and not other.waiting and other.cursor >= self.log.end:
-                    self._capture(other, scrollback=False)
+                fits = (other.cols, other.rows) == (self.cols, self.rows)
+                if not fits and other.answers and not other.waiting and other.cursor >= self.log.end:
+                    self._capture(other, extra=True)
 
     def _audience(self) -> None:
         port = self.port

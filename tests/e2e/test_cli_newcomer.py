@@ -1,0 +1,222 @@
+"""What somebody new to it meets: a second start, stopping and coming back, streams, and what is typed wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.rig import Rig, free_port, running, wait_for
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with running() as found:
+        yield found
+
+
+def said(rig: Rig, status: int, *args: str, typed: str = "", env: dict[str, str] | None = None) -> str:
+    """The one sentence of a command that must fail with a status."""
+    done = rig.sterna(*args, typed=typed, env=env)
+    assert (done.returncode, done.stdout) == (status, ""), done
+    assert done.stderr.startswith("sterna: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+# ---- starting, stopping, starting again -------------------------------------------------------------------------
+
+
+def test_a_second_start_names_the_first_and_another_agent_joins_it(rig: Rig) -> None:
+    assert rig.node is not None
+    first = f"A node runs here already (pid {rig.node.pid}, port {rig.port}): `sterna attach`"
+    assert first in said(rig, 2, "up", "--port", "0")
+    assert first.split(",", maxsplit=1)[0] in said(rig, 2, "node", "--state", os.fspath(rig.state / "node"), "-p", "0")
+    assert rig.sterna("ls").returncode == 0, "the first one was not harmed"
+    done = rig.sterna("up", "--agent", "second", "--", "cat")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"The node runs already (pid {rig.node.pid})." in done.stdout
+    assert "sterna attach second" in done.stdout
+    wait_for(lambda: "second" in [agent["name"] for agent in rig.json("ls")["agents"]], name="the second agent")
+
+
+def test_after_down_there_is_a_new_shell_and_the_old_ones_say_why_they_ended() -> None:
+    with running() as rig:
+        assert rig.sterna("new", "--name", "old").returncode == 0
+        assert rig.sterna("new", "--name", "older").returncode == 0
+        done = rig.sterna("down")
+        assert done.returncode == 0
+        wait_for(lambda: rig.node is not None and not rig.node.running, name="the node's end")
+        rig.pods["main"].process.wait(20)
+        rig.start_node()
+        listed = {session["name"]: session for session in rig.json("ls")["sessions"]}
+        assert {name: each["state"] for name, each in listed.items()} == {"old": "exited", "older": "exited"}
+        assert all("`sterna down`" in each["reason"] for each in listed.values())
+        terminal = rig.terminal("attach")
+        terminal.expect("2 ended sessions kept their last output: `sterna ls`")
+        terminal.expect("$ ")
+        terminal.type("echo fresh-$((1 + 1)); exit\n")
+        terminal.expect("fresh-2")
+        assert terminal.wait() == 0
+        assert b"sterna: The session main ended.\r\n" in terminal.seen
+        assert "use --ended alone" in said(rig, 2, "close")
+        assert sorted(rig.sterna("close", "--ended").stdout.split()) == ["Closed", "Closed", "old.", "older."]
+        assert rig.sterna("close", "--ended").stdout == "No session has ended.\n"
+
+
+def test_sessions_of_an_agent_that_was_replaced_while_no_node_ran_are_over() -> None:
+    with running() as rig:
+        assert rig.sterna("new", "--name", "old").returncode == 0
+        rig.kill_node()
+        rig.kill_pod()
+        rig.start_node()
+        done = rig.sterna("pipe", "--pty", typed="echo fresh-$((1 + 1)); exit 4\n")
+        assert (done.returncode, "fresh-2" in done.stdout) == (4, True), done
+
+
+def test_up_on_a_terminal_logs_to_a_file_and_says_what_it_found() -> None:
+    with running() as rig:
+        assert rig.sterna("new", "--name", "found").returncode == 0
+        rig.stop_node()
+        up = rig.terminal("up", "--port", str(rig.port), "--state", os.fspath(rig.state), "--", "cat", cols=200)
+        up.expect(f"(pid {up.process.pid}, ")
+        up.expect("The agent 'main' goes on with `bash --norc --noprofile`; `sterna down` first to change it.")
+        up.expect("1 session found again.")
+        log = rig.state / "node.log"
+        up.expect(f"The log is in {log}.")
+        assert rig.sterna("ls").stdout.startswith("found\t")
+        up.process.send_signal(signal.SIGINT)
+        assert up.wait() == 0
+        assert b'"message"' not in up.seen
+        assert json.loads(log.read_text().splitlines()[0])["message"]
+        assert log.stat().st_mode & 0o777 == 0o600
+
+
+# ---- which node -------------------------------------------------------------------------------------------------
+
+
+def test_a_port_alone_means_this_machine(rig: Rig) -> None:
+    done = rig.sterna("ls", "--port", str(rig.port))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"127.0.0.1:{free_port()}"[:10] in said(rig, 1, "ls", "--port", str(free_port()))
+
+
+def test_the_nodes_own_directory_is_a_state_as_well(rig: Rig) -> None:
+    done = rig.sterna("ls", "--state", os.fspath(rig.state / "node"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_first_use_is_announced_and_another_node_is_named_with_fingerprints(rig: Rig) -> None:
+    token = rig.sterna("token").stdout.strip()
+    env = {"STERNA_STATE": os.fspath(rig.directory / "abroad"), "STERNA_TOKEN": token}
+    address = ["--host", "127.0.0.1", "--port", str(rig.port)]
+    fingerprint = rig.about["fingerprint"]
+    first = rig.sterna("ls", *address, env=env)
+    assert first.stderr == f"sterna: Trusting 127.0.0.1:{rig.port} on first use, fingerprint {fingerprint}.\n"
+    assert rig.sterna("ls", *address, env=env).stderr == ""
+    with running() as other:
+        wrong = said(rig, 1, "ls", "--port", str(other.port))
+        assert fingerprint in wrong
+        assert other.about["fingerprint"] in wrong
+        assert "share link or set STERNA_TOKEN" in wrong
+
+
+def test_what_is_no_node_is_said_in_one_sentence(rig: Rig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                peer, _ = server.accept()
+                with peer:
+                    peer.sendall(b"SSH-2.0-none\r\n")
+                    peer.recv(4_096)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = server.getsockname()[1]
+        wanted = f"sterna: What listens at 127.0.0.1:{port} does not answer as a Sterna node: check host and port.\n"
+        assert said(rig, 1, "ls", "--port", str(port)) == wanted
+        env = {"STERNA_STATE": os.fspath(rig.directory / "nowhere"), "STERNA_TOKEN": "x" * 40}
+        assert said(rig, 1, "ls", "--host", "127.0.0.1", "--port", str(port), env=env) == wanted
+        thread.join()
+
+
+def test_a_link_that_the_shell_has_cut_is_to_be_quoted(rig: Rig) -> None:
+    assert rig.sterna("new", "--name", "cut").returncode == 0
+    shared = json.loads(rig.sterna("share", "cut", "--host", "192.0.2.1", "--json").stdout)
+    assert "quote it" in said(rig, 2, "attach", shared["link"].split("&")[0].split("?")[0])
+
+
+def test_an_access_for_looking_on_says_so(rig: Rig) -> None:
+    token = rig.sterna("token", "--modes", "watch").stdout.strip()
+    env = {"STERNA_STATE": os.fspath(rig.directory / "looking"), "STERNA_TOKEN": token}
+    assert rig.sterna("ls", "--port", str(rig.port), env=env).returncode == 0
+    assert "for looking on only" in said(rig, 1, "new", "--agent", "main", "--port", str(rig.port), env=env)
+
+
+# ---- pipes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_feeds_no_shell_by_surprise(rig: Rig) -> None:
+    assert rig.sterna("new", "--name", "main").returncode == 0
+    before = rig.json("info", "main")["output"]
+    for words in (["pipe"], ["pipe", "main"]):
+        error = said(rig, 2, *words, typed="touch surprise\n")
+        assert "`sterna pod --agent sort --kind stream -- sort`" in error
+    assert not (rig.directory / "surprise").exists()
+    assert rig.json("info", "main")["output"] - before < 100
+    rig.start_pod("sort", "sort", kind="stream")
+    wait_for(lambda: "sort" in [agent["name"] for agent in rig.json("ls")["agents"]], name="the agent")
+    done = rig.sterna("pipe", "sort", typed="b\na\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a\nb\n", "")
+    typed = rig.sterna("pipe", "main", "--new", typed="exit 5\n")
+    assert typed.returncode == 5, "an agent and --new are explicit enough"
+    assert rig.sterna("pipe", "main", "--name", "other", typed="exit 6\n").returncode == 6
+
+
+# ---- what is typed wrong ----------------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_one_sentence_and_a_near_miss_is_named(rig: Rig) -> None:
+    assert said(rig, 2, "atach").startswith("sterna: There is no command 'atach': did you mean `sterna attach`?")
+    assert "`sterna ls --help`" in said(rig, 2, "ls", "--nonsense")
+    assert "Missing argument" in said(rig, 2, "rename", "a")
+
+
+def test_the_examples_say_how_they_are_used(rig: Rig) -> None:
+    import sys
+
+    from tests.e2e.test_cli_sessions import EXAMPLES
+
+    for name, words in (("run_command.py", ["nobody", "true"]), ("ask_shell.py", []), ("watch_for.py", ["none", "x"])):
+        done = subprocess.run(
+            [sys.executable, os.fspath(EXAMPLES / name), *words], env=rig.env, capture_output=True, text=True,
+            timeout=30, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_a_link_lives_no_longer_than_a_month(rig: Rig) -> None:
+    assert "choose another --ttl" in said(rig, 2, "share", "--host", "192.0.2.1", "--ttl", "60d")
+
+
+def test_leaving_says_how_to_come_back_and_begins_its_own_line_only_where_needed(rig: Rig) -> None:
+    failed = rig.terminal("attach", "--name", "x", "nobody")
+    assert failed.wait() == 1
+    assert bytes(failed.seen).replace(b"\r\n", b"").startswith(b"sterna: There is no agent 'nobody'"), failed.seen
+    assert rig.sterna("new", "--name", "left").returncode == 0
+    shared = json.loads(rig.sterna("share", "left", "--host", "192.0.2.1", "--json").stdout)
+    link = shared["link"].replace("192.0.2.1", "127.0.0.1")
+    env = {"STERNA_STATE": os.fspath(rig.directory / "guest")}
+    for _ in range(2):
+        guest = rig.terminal("attach", link, env=env)
+        guest.expect("$ ")
+        guest.type("\n~d")
+        guest.expect("\r\nsterna: Detached from left; `sterna attach 'LINK'` comes back until the link expires.\r\n")
+        assert guest.wait() == 0
