@@ -37,7 +37,7 @@ _DEFAULT_SIZE = (80, 24)
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @node_options
 def record(name: str, file: str, overwrite: bool, state: str | None, host: str | None, port: int | None) -> int:
-    """Record the session NAME into FILE as asciicast v3, until it ends or Ctrl-C.
+    """Record SESSION into FILE as asciicast v3, until it ends or Ctrl-C.
 
     It looks on without typing, through any loss of the network; what it missed is marked. What others type is not
     recorded, only what the program shows. Play it with `sterna play FILE`, or with asciinema.

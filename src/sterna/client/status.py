@@ -299,8 +299,10 @@ class StatusLine:
             return None
         self._model = model
         free = [row for row in known if row != cursor_row]
-        blank = (row for row in reversed(free) if not model.row_text(row).strip() and not self._painted(row))
-        row = next(blank, free[0] if free else None)
+        # A blank row needs no repainting; the cursor's own is the last of them, because the line hides where it is.
+        blank = [row for row in known if not model.row_text(row).strip() and not self._painted(row)]
+        blank.sort(key=lambda row: (row == cursor_row, -row))
+        row = next(iter(blank or free), None)
         return row if row is not None and self._leaves_no_trace(row, model, other, known) else None
 
     def _leaves_no_trace(self, row: int, model: ScreenModel, other: ScreenModel, known: list[int]) -> bool:
