@@ -160,9 +160,18 @@ def test_the_lowest_blank_row_is_taken_else_the_first() -> None:
     session.trouble()
     assert session.lines()[0].startswith(TEXT.format(1))
     session = Session()
-    session.output(FULL + b"\x1b[1;1H")  # never the cursor's row
+    session.output(FULL + b"\x1b[1;1H")  # not the cursor's row where that is not blank
     session.trouble()
     assert session.lines()[1].startswith(TEXT.format(1))
+
+
+def test_where_lines_roll_by_the_cursors_own_blank_row_is_taken_and_no_line_appears_twice() -> None:
+    session = Session()
+    session.output(CLEAR + b"".join(b"line %d\r\n" % number for number in range(3 * ROWS)))
+    assert b"line" not in session.trouble(3)
+    assert session.lines()[ROWS - 1].startswith(TEXT.format(3))
+    assert b"line" not in session.over()
+    session.assert_same()
 
 
 @pytest.mark.parametrize(
