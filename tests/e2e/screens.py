@@ -151,29 +151,23 @@ class View:
         """The cells, row by row."""
         return parse(self.cells.split("\n"))
 
-    def differences(self, other: View, *, scrollback: bool = True) -> list[str]:
+    def differences(self, other: View) -> list[str]:
         """What is not the same, in words; [] if nothing."""
         found = [
             f"{name}: {self.modes[name]!r} is not {other.modes[name]!r}"
             for name in MODES
-            if self.modes[name] != other.modes[name] and (scrollback or name != "history_size")
+            if self.modes[name] != other.modes[name]
         ]
         lines, other_lines = self.lines, other.lines
         if self.modes["alternate_on"] == "1":
             # Nothing there is ever wrapped anew, and terminals differ in what scrolling does to a wrapped line.
             lines = other_lines = []
-        if not scrollback:
-            mine, others = self._screen(), other._screen()
-            return found if mine == others else [*found, "\n".join(_text(row) for row in mine)]
         if self.cells != other.cells:
             found += self._different_rows(other)
         if lines != other_lines and not found:
             pairs = [pair for pair in zip(lines, other_lines, strict=False) if pair[0] != pair[1]]
             found.append(f"soft-wrapped lines are joined differently: {pairs[:1]!r}")
         return found[:20]
-
-    def _screen(self) -> list[list[Cell]]:
-        return self.rows[int(self.modes["history_size"]) :]
 
     def _different_rows(self, other: View) -> list[str]:
         mine, others = self.rows, other.rows
@@ -325,11 +319,11 @@ class Tmux:
         return Pane(self, name)
 
 
-def assert_same(*panes: Pane, seconds: float = 10.0, scrollback: bool = True) -> None:
+def assert_same(*panes: Pane, seconds: float = 10.0) -> None:
     """Waits until all panes show the same as the last one."""
     deadline = time.monotonic() + seconds
     for pane in panes[:-1]:
-        while found := pane.view().differences(panes[-1].view(), scrollback=scrollback):
+        while found := pane.view().differences(panes[-1].view()):
             assert time.monotonic() < deadline, f"{pane.name} is not as {panes[-1].name}:\n" + "\n".join(found)
             time.sleep(_POLL_SECONDS)
 

@@ -67,7 +67,9 @@ class PipeRun:
             self.close()
 
     def said(self) -> str:
-        return self.err.read_text()
+        # A device that is new to the node tells whom it trusts.
+        lines = self.err.read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("sterna: Trusting "))
 
     def close(self) -> None:
         if self.process.poll() is None:

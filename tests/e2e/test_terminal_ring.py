@@ -137,8 +137,8 @@ class Scene:
         """Detaches the laggard; returns how many bytes it says that it lost."""
         self.laggard.pane.type("\r~d")
         said = self.laggard.pane.expect("^status 0")
-        found = re.search(r"^(\d+) bytes of output were overwritten", said, re.MULTILINE)
-        assert found is not None
+        found = re.search(r"(\d+) bytes of output were overwritten", said, re.MULTILINE)
+        assert found is not None, said
         return int(found[1])
 
     def check(self, half: bytes, lost: int) -> None:

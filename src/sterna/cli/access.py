@@ -167,7 +167,7 @@ def devices(as_json: bool, state: str | None, host: str | None, port: int | None
     from sterna.cli.target import reach
 
     with reach(state=state, host=host, port=port) as caller:
-        found = caller.call("devices")["devices"]
+        found = list(caller.pages("devices", "devices"))
     if as_json:
         print_json({"devices": found})
         return

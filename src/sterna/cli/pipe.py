@@ -18,7 +18,10 @@ _GREETING_SECONDS = 3.0
 _POLL_SECONDS = 0.05
 
 
-@click.command()
+@click.command(
+    epilog="\b\nAn agent on pipes, which sees the input's end:\n  sterna pod --agent sort --kind stream -- sort &\n"
+    "  sterna pipe sort --new < in.txt > out.txt"
+)
 @click.argument("target", metavar="[AGENT|SESSION|LINK]", required=False)
 @click.option("--name", help="The session with this name, made if there is none.")
 @click.option("--new", "fresh", is_flag=True, help="A new session.")
@@ -31,16 +34,10 @@ def pipe(
     target: str | None, name: str | None, fresh: bool, source: str | None, sink: str | None, output: int | None,
     pty: bool, state: str | None, host: str | None, port: int | None,
 ) -> int:  # fmt: skip
-    r"""Connect standard input and output to a session, exactly: every byte once, through any loss of the network.
+    """Connect standard input and output to a session, exactly: every byte once, through any loss of the network.
 
     The exit status is the program's. With --in and --out both regular files, the same command goes on where a killed
     one stood; a small file beside --out keeps its place.
-
-    It is for agents on pipes, which see the input's end:
-
-    \b
-        sterna pod --agent sort --kind stream -- sort &
-        sterna pipe sort --new < in.txt > out.txt
 
     A terminal's program gets no input by surprise: that needs --pty, or --name, or AGENT with --new.
     """

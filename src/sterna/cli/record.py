@@ -44,12 +44,15 @@ def record(name: str, file: str, overwrite: bool, state: str | None, host: str |
     """
     from sterna.cli.target import named_session
 
+    exists = UsageError(f"{file} exists: choose another name, or --overwrite.")
+    if not overwrite and os.path.lexists(file):
+        raise exists
     endpoint, wish, about = named_session(name, state=state, host=host, port=port)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
     try:
         fd = os.open(file, flags, 0o600)
     except FileExistsError:
-        raise UsageError(f"{file} exists: choose another name, or --overwrite.") from None
+        raise exists from None
     except OSError as error:
         raise StorageError(f"The recording {file} cannot be made: {error.strerror}.") from None
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, RefusedError, SternaError
 from sterna.ids import DeviceId, check_name, clean_label
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from sterna.node.clients import ClientConnection
 
 _PAGE = 100
+_VALUE_MAX_BYTES = limits.PAYLOAD_MAX_BYTES - 1024
+_TOKEN_TTL_MAX_SECONDS = 10 * 365 * 86_400
 # Of a signed token, and of one in a token file (sterna.trust.tokens).
 _TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
 _TTL_MAX_SECONDS = 30 * 86_400
@@ -103,10 +106,12 @@ class Calls:
             if found is None:
                 raise RefusedError(Code.UNSUPPORTED, f"There is no method {clean_label(call.method)!r}.")
             method, shape = found
-            value = method(visitor, messages.unpack(shape, call.params))
+            value = messages.pack(method(visitor, messages.unpack(shape, call.params)))
+            if len(value) > _VALUE_MAX_BYTES:
+                raise RefusedError(Code.TOO_LARGE, "The answer is too large.")
         except SternaError as error:
             return messages.Result(call.id, error=messages.error(error.code, str(error)))
-        return messages.Result(call.id, msgspec.Raw(messages.pack(value)))
+        return messages.Result(call.id, msgspec.Raw(value))
 
     # ---- sessions ----------------------------------------------------------------------------------------------
 
@@ -123,7 +128,7 @@ class Calls:
         ]
         agents = [
             {"name": pod.agent, "kind": pod.kind, "ready": pod.is_ready}
-            for pod in self._node.pods(visitor.tenant)
+            for pod in self._node.pods(visitor.tenant)[:_PAGE]
             if visitor.may_use(pod.agent, "watch")
         ]
         return {"sessions": shown, "agents": agents, "next": rows[-1].number if len(rows) == _PAGE else 0}
@@ -225,7 +230,7 @@ class Calls:
         if request.mode != mode or not 0 < request.ttl <= _TTL_MAX_SECONDS:
             raise RefusedError(Code.BAD_REQUEST, "A share has mode drive or watch and lives for 1 second to 30 days.")
         row = self._row(visitor, request.session, request.mode)
-        if not visitor.owner:
+        if visitor.guest:
             raise RefusedError(Code.DENIED, "A share link cannot be shared on; ask who gave it to you.")
         text, hashed = new_ticket()
         wall = SYSTEM_CLOCK.wall()
@@ -252,35 +257,37 @@ class Calls:
             "port": port,
             "web_port": self._node.config.web_port,
             "tenant": visitor.tenant,
-            "started": self._node.started // SECOND,
-            "sessions": self._node.store.count(visitor.tenant),
-            "connections": len(self._node.connections) if visitor.owner else 0,
+            "started": self._node.started // SECOND if visitor.owner else 0,
+            "sessions": self._node.store.count(visitor.tenant) if visitor.owner else 0,
+            "connections": len(self._node.connections) if visitor.admin else 0,
         }
 
-    def _devices(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
+    def _devices(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
         self._owner(visitor)
-        return {
-            "devices": [
-                {
-                    "id": row.id.hex(),
-                    "label": row.label,
-                    "created": row.created // SECOND,
-                    "seen": row.seen // SECOND,
-                    "revoked": row.revoked,
-                    "sessions": row.sessions,
-                    "self": row.id == visitor.device,
-                }
-                for row in self._node.store.devices(visitor.tenant)
-            ]
-        }
+        rows = self._node.store.devices(visitor.tenant)
+        shown = [
+            {
+                "id": row.id.hex(),
+                "label": row.label,
+                "created": row.created // SECOND,
+                "seen": row.seen // SECOND,
+                "revoked": row.revoked,
+                "sessions": row.sessions,
+                "self": row.id == visitor.device,
+            }
+            for row in rows[page.after : page.after + _PAGE]
+        ]
+        following = page.after + _PAGE
+        return {"devices": shown, "next": following if following < len(rows) else 0}
 
     def _revoke(self, visitor: Visitor, request: _Revoke) -> dict[str, Any]:
-        self._owner(visitor)
         if request.token:
+            self._admin(visitor)
             if _TOKEN_ID.fullmatch(request.token) is None:
                 raise RefusedError(Code.BAD_REQUEST, "That is no token's id: give the id or all of the token.")
             self._node.doorkeeper.revoke_token(request.token)
             return {"token": request.token}
+        self._owner(visitor)
         found = [
             row.id
             for row in self._node.store.devices(visitor.tenant)
@@ -311,23 +318,25 @@ class Calls:
         return {"device": device.hex()}
 
     def _token(self, visitor: Visitor, request: _Token) -> dict[str, Any]:
-        self._owner(visitor)
+        self._admin(visitor)
+        if not 0 <= request.ttl <= _TOKEN_TTL_MAX_SECONDS:
+            raise RefusedError(Code.BAD_REQUEST, "A token lives for at most ten years (0: until it is revoked).")
         now_s = SYSTEM_CLOCK.wall() // SECOND
         tenant = request.tenant or visitor.tenant
-        if visitor.tenant not in (tenant, "local"):
-            raise RefusedError(Code.DENIED, "Only who owns this machine's node may issue tokens for other tenants.")
         expires = now_s + request.ttl if request.ttl else 0
         return {
             "token": self._node.token_key.issue(tenant, request.agents, request.modes, now_s=now_s, expires=expires)
         }
 
     def _drain(self, visitor: Visitor, _page: _Page) -> dict[str, Any]:
-        self._owner(visitor)
-        if visitor.tenant != "local":
-            raise RefusedError(Code.DENIED, "Only who owns this machine's node may stop it.")
+        self._admin(visitor)
         self._node.stop_requested.set()
         return {"pid": os.getpid()}
 
     def _owner(self, visitor: Visitor) -> None:
         if not visitor.owner:
-            raise RefusedError(Code.DENIED, "A share link does not allow that.")
+            raise RefusedError(Code.DENIED, "That needs a token for all agents of its tenant, to drive them.")
+
+    def _admin(self, visitor: Visitor) -> None:
+        if not visitor.admin:
+            raise RefusedError(Code.DENIED, "Only the user whose node this is may do that, on its machine.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ log = logging.getLogger("sterna.node.clients")
 _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), int(Type.EOF)
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
 _RETRY_SECONDS = 0.2
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
 class ClientConnection:
@@ -287,7 +289,7 @@ class ClientConnection:
             )
             return
         self.attachments[attachment.handle] = attachment
-        if body.displace:
+        if body.displace and attachment.mode == "drive":
             session.displace(None, Code.DISPLACED, "Another device took the session over.", now)
         old = session.attachments.get(attachment.id)
         if old is not None:
@@ -400,6 +402,10 @@ class ClientConnection:
             if session.state is State.CLOSED:
                 self.link.refuse(handle, Code.ENDED, "This session was closed.")
                 return
+            known = self.node.store.device(device, session.tenant)
+            if known is not None and known.revoked:  # while the agent was waited for
+                self.link.refuse(handle, Code.REVOKED, REVOKED_TEXT)
+                return
             self.attachments[handle] = attachment
             session.resume(attachment, body, SYSTEM_CLOCK.monotonic())
             self._settled(session)
@@ -434,3 +440,7 @@ def _check_start(body: ConnectBody) -> None:
         raise RefusedError(Code.TOO_LARGE, "The command is too long.")
     if len(body.env) > limits.ENV_MAX or sum(len(k) + len(v) for k, v in body.env.items()) > limits.ARGV_MAX_BYTES:
         raise RefusedError(Code.TOO_LARGE, "There are too many variables.")
+    if any(_VARIABLE.fullmatch(name) is None or "\0" in value for name, value in body.env.items()):
+        raise RefusedError(Code.BAD_REQUEST, "A variable has a name or a value that no program can be given.")
+    if not body.term.isprintable():
+        raise RefusedError(Code.BAD_REQUEST, "The terminal's type is not a name.")

@@ -15,7 +15,7 @@ from sterna.protocol import messages
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
 from sterna.trust import device as device_keys
 from sterna.trust.tickets import ticket_hash
-from sterna.trust.tokens import Access
+from sterna.trust.tokens import LOCAL_GRANT, Access
 from sterna.units import SECOND
 
 log = logging.getLogger("sterna.node.doorkeeper")
@@ -33,10 +33,11 @@ _NOBODY = device_keys.nobody()
 class Visitor:
     """Who is behind a connection once CONNECT was proved: its tenant, device, and what it may use.
 
-    `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch".
+    `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch". `guest` says
+    that a ticket let it in, `admin` that it is the node's own user (by the local token).
     """
 
-    __slots__ = ("agents", "device", "label", "modes", "owner", "public", "session", "tenant")
+    __slots__ = ("admin", "agents", "device", "guest", "label", "modes", "public", "session", "tenant")
 
     def __init__(
         self, tenant: str, device: DeviceId, public: bytes, agents: tuple[str, ...], modes: frozenset[str]
@@ -47,8 +48,13 @@ class Visitor:
         self.agents = agents
         self.modes = modes
         self.session: int | None = None
-        self.owner = False
+        self.guest = self.admin = False
         self.label = ""
+
+    @property
+    def owner(self) -> bool:
+        """Whether it has all of its tenant's rights: every agent, to drive."""
+        return not self.guest and "*" in self.agents and "drive" in self.modes
 
     def may_use(self, agent: str, mode: str) -> bool:
         """Tells whether an agent may be used in a mode; who may drive may also watch."""
@@ -119,6 +125,7 @@ class Doorkeeper:
         if ticket is not None:
             visitor = Visitor(ticket.tenant, device, body.key, (ticket.agents,), frozenset((ticket.mode,)))
             visitor.session = ticket.session
+            visitor.guest = True
         else:
             try:
                 grant = self._access.grant(body.credential, wall // SECOND, self._revoked)
@@ -129,7 +136,7 @@ class Doorkeeper:
             if body.tenant and body.tenant != grant.tenant:
                 raise RefusedError(Code.DENIED, _DENIED)
             visitor = Visitor(grant.tenant, device, body.key, tuple(grant.agents), grant.modes)
-            visitor.owner = True
+            visitor.admin = grant.token == LOCAL_GRANT.token
         self._store.put_device(device, body.key, visitor.tenant, body.label, wall)
         return visitor
 
