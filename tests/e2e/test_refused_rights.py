@@ -111,10 +111,10 @@ def test_a_watcher_displaces_nobody(rig: Rig, elsewhere: str) -> None:
     with connect("cat", name="held", state=ours) as driver:
         driver.write(b"one")
         assert driver.read() == b"one"
-        link = ShareLink(
-            "127.0.0.1", rig.port, ticket=rig.json("share", "held", "--watch", "--host", "node.example")["ticket"],
-            node_id=find(state=ours).node_id, mode="watch",
-        ).terminal()  # fmt: skip
+        node = find(state=ours)
+        with Caller(node, state=ours) as caller:
+            ticket = caller.call("share", session="held", mode="watch")["ticket"]
+        link = ShareLink("127.0.0.1", rig.port, ticket=ticket, node_id=node.node_id, mode="watch").terminal()
         with connect(link=link, state=elsewhere, mode="watch", displace=True):
             driver.write(b"two")
             assert driver.read() == b"two"
