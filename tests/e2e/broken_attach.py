@@ -28,7 +28,7 @@ def _break_output(how: str) -> None:
             data = data[at:] + data[:at]
         original(self, Output(data, event.end, event.replayed))
 
-    attach.Attach._output = output  # type: ignore[method-assign]
+    attach.Attach._output = output  # type: ignore[method-assign]  # breaking it is the purpose
 
 
 def _break_snapshot(without: bytes) -> None:
@@ -38,7 +38,7 @@ def _break_snapshot(without: bytes) -> None:
         data = decompress(event.data) if event.zstd else event.data
         original(self, Screen(data.replace(without, b""), event.position, False))
 
-    attach.Attach._screen = screen  # type: ignore[method-assign]
+    attach.Attach._screen = screen  # type: ignore[method-assign]  # breaking it is the purpose
 
 
 def _skip_snapshots() -> None:
@@ -52,14 +52,14 @@ def _skip_snapshots() -> None:
         self._queue.append((b"", event.position))
         self._flush(0)
 
-    attach.Attach._screen = screen  # type: ignore[method-assign]
+    attach.Attach._screen = screen  # type: ignore[method-assign]  # breaking it is the purpose
 
 
 def _answer_everything() -> None:
     def feed(self: QueryFilter, data: bytes) -> bytes:
         return data
 
-    QueryFilter.feed = feed  # type: ignore[method-assign]
+    QueryFilter.feed = feed  # type: ignore[method-assign]  # breaking it is the purpose
     assert LIVE
 
 
@@ -69,7 +69,7 @@ def _leave_status() -> None:
         self._forget()
         return b""
 
-    StatusLine.end = end  # type: ignore[method-assign]
+    StatusLine.end = end  # type: ignore[method-assign]  # breaking it is the purpose
 
 
 def break_(how: str) -> None:

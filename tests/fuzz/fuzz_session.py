@@ -19,10 +19,10 @@ with atheris.instrument_imports(include=["sterna"]):
     from sterna.ids import AttachmentId, DeviceId, SessionUid
     from sterna.journal.memory import MemoryLog
     from sterna.protocol import messages, podside
+    from sterna.protocol.attachment import Attachment, Lane
     from sterna.protocol.client import ClientMachine, Dial, Output
     from sterna.protocol.frame import LOW, PAYLOAD_LIMITS_BYTES, Type, encode
     from sterna.protocol.link import Link
-    from sterna.protocol.attachment import Attachment, Lane
     from sterna.protocol.session import Session
     from sterna.protocol.states import State
 
