@@ -328,6 +328,14 @@ def assert_same(*panes: Pane, seconds: float = 10.0) -> None:
             time.sleep(_POLL_SECONDS)
 
 
+def assert_shows(pane: Pane, view: View, seconds: float = 10.0) -> None:
+    """Waits until a pane shows what was seen before."""
+    deadline = time.monotonic() + seconds
+    while found := pane.view().differences(view):
+        assert time.monotonic() < deadline, f"{pane.name} is not as it was:\n" + "\n".join(found)
+        time.sleep(_POLL_SECONDS)
+
+
 def assert_never_same(pane: Pane, other: Pane, seconds: float = 1.0) -> None:
     """Control: the check for equality has to fail, however long it looks."""
     try:

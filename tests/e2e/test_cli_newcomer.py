@@ -153,6 +153,27 @@ def test_a_link_that_the_shell_has_cut_is_to_be_quoted(rig: Rig) -> None:
     assert "quote it" in said(rig, 2, "attach", shared["link"].split("&")[0].split("?")[0])
 
 
+def test_a_link_need_not_stand_where_other_users_read_it(rig: Rig) -> None:
+    assert rig.sterna("new", "--name", "unseen").returncode == 0
+    shared = json.loads(rig.sterna("share", "unseen", "--host", "192.0.2.1", "--json").stdout)
+    link = shared["link"].replace("192.0.2.1", "127.0.0.1")
+    env = {"STERNA_STATE": os.fspath(rig.directory / "unseen")}
+    guest = rig.terminal("attach", "-", env=env)
+    guest.expect("Share link: ")
+    guest.type(link + "\n")
+    guest.expect("$ ")
+    guest.type("\n~d")
+    guest.expect("sterna: Detached from unseen; `sterna attach -` comes back until the link expires.\r\n")
+    assert guest.wait() == 0
+    assert link.encode() not in guest.seen
+    done = rig.sterna("info", "-", "--json", typed=link + "\n", env=env)
+    assert (done.returncode, json.loads(done.stdout)["name"]) == (0, "unseen"), done
+    done = rig.sterna("pipe", "-", typed=link + "\necho got-$((1 + 1)); exit 3\n", env=env)
+    assert (done.returncode, "got-2" in done.stdout) == (3, True), done
+    assert "no share link" in said(rig, 2, "attach", "-", typed="nonsense\n")
+    assert "longer than" in said(rig, 2, "info", "-", typed="x" * 5_000)
+
+
 def test_an_access_for_looking_on_says_so(rig: Rig) -> None:
     token = rig.sterna("token", "--modes", "watch").stdout.strip()
     env = {"STERNA_STATE": os.fspath(rig.directory / "looking"), "STERNA_TOKEN": token}

@@ -311,6 +311,7 @@ def test_share_on_a_terminal_draws_a_code(rig: Rig) -> None:
     assert "sterna://node.example:" in seen
     assert seen.count("█") > 200
     assert "within 10 min" in seen
+    assert "    sterna attach -\r\n" in seen
     assert "    sterna attach 'sterna://node.example:" in seen
     narrow = rig.terminal("share", "--host", "node.example", cols=40)
     assert narrow.wait() == 0
@@ -342,7 +343,9 @@ def test_devices_tokens_and_their_end(rig: Rig) -> None:
     assert "revoked" in next(line for line in ok(rig, "devices").splitlines() if line.startswith(other["id"][:16]))
     gone = rig.sterna("ls", *address, env=elsewhere)
     assert (gone.returncode, "remove its key" in gone.stderr) == (1, True)
-    assert ok(rig, "revoke", "--token", full).endswith(" is refused from now on.\n")
+    assert "give its id" in refused(rig, 2, "revoke", "--token", full), "a token in argv can be read by others"
+    number = done.stderr.split()[4].rstrip(":")
+    assert ok(rig, "revoke", "--token", number) == f"The token {number} is refused from now on.\n"
     third = {**elsewhere, "STERNA_STATE": os.fspath(rig.directory / "third")}
     denied = rig.sterna("ls", *address, env=third)
     assert (denied.returncode, "sterna: Access denied" in denied.stderr) == (1, True)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.e2e.exact_rig import Duplex, elapsed, new_seed, size_of, start_node
-from tests.e2e.rig import Rig, _children
+from tests.e2e.rig import Daemon, Rig, _children
 
 KILLS = 20
 POINTS = ("append", "journalled", "write", "written", "input")
@@ -28,6 +28,15 @@ def wait_beyond(duplex: Duplex, position: int, pipe: subprocess.Popen[bytes], se
             return False
         time.sleep(0.002)
     return True
+
+
+def died(node: Daemon, pipe: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits until a node has died by itself, or the pipe has ended; returns whether the node died."""
+    deadline = time.monotonic() + seconds
+    while node.running and pipe.poll() is None:
+        assert time.monotonic() < deadline, "the node neither died nor brought the transfer to its end"
+        time.sleep(0.002)
+    return not node.running
 
 
 def kill_nodes(short: int, *, broken: str = "", seconds: float = 600.0) -> tuple[str, int, int]:
@@ -51,7 +60,8 @@ def kill_nodes(short: int, *, broken: str = "", seconds: float = 600.0) -> tuple
                 # This node dies at a point that the test chose, before the next one may live for a while.
                 point = POINTS[number // 2 % len(POINTS)]
                 rig.node = start_node(rig, die=f"{point}:{rng.randrange(1, 60)}", broken=broken)
-                rig.node.process.wait(20)
+                if not died(rig.node, pipe, seconds):
+                    break  # the transfer was over before that point was reached so often
                 kills[point] += 1
             start_node(rig, broken=broken)
         said = duplex.finish(pipe, seconds)

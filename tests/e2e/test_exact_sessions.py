@@ -80,10 +80,29 @@ class PipeRun:
                 self.process.stdin.close()
 
 
+def standstill(pipe: PipeRun, beyond: int) -> int:
+    """Waits until a pipe has got more than `beyond` and nothing more for half a second; returns how much it has."""
+    since, size = time.monotonic(), pipe.size
+
+    def stands() -> bool:
+        nonlocal since, size
+        if pipe.size != size or size <= beyond:
+            since, size = time.monotonic(), pipe.size
+        return time.monotonic() - since >= 0.5
+
+    wait_for(stands, 60, name="a standstill")
+    return size
+
+
 def waiting_in(pipe: PipeRun) -> int:
     """How much of its standard input a pipe has not read yet (FIONREAD, pipe(7))."""
     assert pipe.process.stdin is not None
     return int.from_bytes(fcntl.ioctl(pipe.process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def handled(rig: Rig, name: str) -> int:
+    """How much input of a session its node knows to be handled, all attachments together."""
+    return sum(lane["handled"] for lane in rig.json("info", name)["lanes"])
 
 
 def another_device(rig: Rig) -> dict[str, str]:
@@ -192,8 +211,7 @@ def freeze_one_of_three(broken: str = "") -> Seen:
         if broken == "nobody-paces":
             wait_for(lambda: pipes[0].size >= len(expected), 60, name="all output at the first pipe")
         else:
-            time.sleep(0.7)
-            assert pipes[0].size < len(expected)
+            assert standstill(pipes[0], len(READY)) < len(expected)
         pipes[1].process.send_signal(signal.SIGCONT)
         wait_for(lambda: all(DONE in tail_of(pipe.out) for pipe in pipes), 60, name="all output")
         frozen.process.send_signal(signal.SIGCONT)
@@ -249,7 +267,7 @@ def test_a_killed_agent_names_the_uncertain_input_and_is_not_replaced(broken: st
         pipe.write(b"x" * 100_000)
         # The program reads nothing: what does not fit into its pipe stays with the pod.
         wait_for(lambda: waiting_in(pipe) == 0, name="the input")
-        time.sleep(0.5)
+        wait_for(lambda: handled(rig, "once") >= 65_536, name="what fits into the program's pipe")
         rig.kill_pod("deaf")
         rig.start_pod("deaf", *command, kind="stream")
         assert pipe.wait() == 1

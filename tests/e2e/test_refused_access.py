@@ -6,7 +6,8 @@ import os
 import secrets
 import statistics
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.xdist_group("refused-access")
 
 TRIES_PER_ADDRESS = 18
 ADDRESSES = 12
+ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -288,39 +290,44 @@ def test_a_restored_backup_recovers_through_stale(site: Site, victim: Victim, tm
 
 
 def test_unknown_session_wrong_key_and_wrong_tenant_look_the_same(site: Site, victim: Victim) -> None:
-    """Same sentence, same time: over 216 tries each, interleaved, the medians differ by less than a quarter."""
-    times: dict[str, list[float]] = {"unknown": [], "wrong key": [], "wrong tenant": []}
-    answers: set[tuple[int, str]] = set()
-    for address in range(ADDRESSES):
-        source = f"127.77.0.{address + 1}"
-        with site.client(source=source) as near, site.client(source=source, credential=site.issue("other")) as far:
-            near.connect(want="call")
-            far.connect(want="call")
-            for handle in range(2, 2 + TRIES_PER_ADDRESS):
-                for name, raw, attachment in (
-                    ("unknown", near, os.urandom(16)),
-                    ("wrong key", near, victim.attachment),
-                    ("wrong tenant", far, victim.attachment),
-                ):
-                    on = handle * 2 + (name != "unknown")
-                    payload = raw.signed(raw.resume_body(victim.accept, attachment))
-                    times[name].append(timed(raw, Type.RESUME, on, payload, answers))
-    check_same(times, answers)
+    """Same sentence, same time, over 216 interleaved tries each."""
+
+    def measure(attempt: int, times: Times, answers: Answers) -> None:
+        for address in range(ADDRESSES):
+            source = f"127.77.{attempt}.{address + 1}"
+            with site.client(source=source) as near, site.client(source=source, credential=site.issue("other")) as far:
+                near.connect(want="call")
+                far.connect(want="call")
+                for handle in range(2, 2 + TRIES_PER_ADDRESS):
+                    for name, raw, attachment in (
+                        ("unknown", near, os.urandom(16)),
+                        ("wrong key", near, victim.attachment),
+                        ("wrong tenant", far, victim.attachment),
+                    ):
+                        on = handle * 2 + (name != "unknown")
+                        payload = raw.signed(raw.resume_body(victim.accept, attachment))
+                        times[name].append(timed(raw, Type.RESUME, on, payload, answers))
+
+    check_same(measure)
 
 
 def test_joining_an_unknown_and_a_foreign_session_looks_the_same(site: Site, victim: Victim) -> None:
-    times: dict[str, list[float]] = {"unknown": [], "foreign": []}
-    answers: set[tuple[int, str]] = set()
-    with site.client(credential=site.issue("other")) as raw:
-        raw.connect(want="call")
-        for handle in range(2, 2 + TRIES_PER_ADDRESS * ADDRESSES * 2):
-            name, uid = ("unknown", os.urandom(16)) if handle % 2 else ("foreign", victim.accept.uid)
-            payload = raw.signed(raw.connect_body(want="join", uid=uid))
-            times[name].append(timed(raw, Type.CONNECT, handle, payload, answers))
-    check_same(times, answers)
+    def measure(attempt: int, times: Times, answers: Answers) -> None:
+        with site.client(credential=site.issue("other")) as raw:
+            raw.connect(want="call")
+            for handle in range(2, 2 + TRIES_PER_ADDRESS * ADDRESSES * 2):
+                name, uid = ("unknown", os.urandom(16)) if handle % 2 else ("foreign", victim.accept.uid)
+                payload = raw.signed(raw.connect_body(want="join", uid=uid))
+                times[name].append(timed(raw, Type.CONNECT, handle, payload, answers))
+
+    check_same(measure)
 
 
-def timed(raw: Raw, kind: int, handle: int, payload: bytes, answers: set[tuple[int, str]]) -> float:
+Times = defaultdict[str, list[float]]
+Answers = set[tuple[int, str]]
+
+
+def timed(raw: Raw, kind: int, handle: int, payload: bytes, answers: Answers) -> float:
     """How long a refusal takes."""
     start = time.perf_counter()
     raw.send(kind, handle, 0, payload)
@@ -330,12 +337,24 @@ def timed(raw: Raw, kind: int, handle: int, payload: bytes, answers: set[tuple[i
     return seconds
 
 
-def check_same(times: dict[str, list[float]], answers: set[tuple[int, str]]) -> None:
-    medians = {name: statistics.median(found) * 1e6 for name, found in times.items()}
-    print({name: f"{median:.0f} µs" for name, median in medians.items()})
-    assert len(answers) == 1, answers
-    assert min(map(len, times.values())) >= 200
-    assert max(medians.values()) < 1.25 * min(medians.values())
+def check_same(measure: Callable[[int, Times, Answers], None]) -> None:
+    """All answers are one; in the best of three measurements the slowest kind takes less than twice the fastest.
+
+    A busy machine disturbs one measurement; a node that looks something up for one kind only shows in all of them.
+    """
+    answers: Answers = set()
+    ratios: list[float] = []
+    for attempt in range(ATTEMPTS):
+        times: Times = defaultdict(list)
+        measure(attempt, times, answers)
+        medians = {name: statistics.median(found) * 1e6 for name, found in times.items()}
+        print({name: f"{median:.0f} µs" for name, median in medians.items()})
+        assert len(answers) == 1, answers
+        assert min(map(len, times.values())) >= 200
+        ratios.append(max(medians.values()) / min(medians.values()))
+        if ratios[-1] < 2:
+            return
+    raise AssertionError(f"one kind of refusal takes longer than another: {ratios}")
 
 
 def test_failures_are_limited_per_address(site: Site, victim: Victim) -> None:
@@ -349,8 +368,15 @@ def test_failures_are_limited_per_address(site: Site, victim: Victim) -> None:
         last = answers[-1]
         assert isinstance(last, Error)
         assert last.retry_after is not None
-        # Not even the right token helps from there; from elsewhere it does.
+        # Who is genuine is let in from there all the same, new or back again; who fails is not told why.
+        attachment = os.urandom(16)
         with site.client(source="127.88.0.1") as raw:
+            accept = raw.connect(attachment=attachment)
+            device = raw.device
+        assert isinstance(resume(site, device, accept, attachment, "127.88.0.1"), Resumed)
+        assert refused(resume(site, new_device(), accept, attachment, "127.88.0.1"))[0] == Code.RATE_LIMITED
+        assert refused(resume(site, device, accept, os.urandom(16), "127.88.0.1"))[0] == Code.RATE_LIMITED
+        with site.client(credential=site.issue("local", ttl=-5), source="127.88.0.1") as raw:
             assert refused(raw.ask())[0] == Code.RATE_LIMITED
         with site.client(source="127.88.0.2") as raw:
             raw.connect()
@@ -407,17 +433,24 @@ def test_a_watcher_only_watches(site: Site, victim: Victim) -> None:
 
 
 def test_a_watcher_does_not_resize(site: Site) -> None:
-    site.rig.start_pod("tty", "sh", "-c", "while read x; do stty size; done")
+    site.rig.start_pod("tty", "sh", "-c", "while :; do stty size; sleep 0.05; done")
     with site.client() as driver, site.client() as watcher:
-        accept = driver.connect(agent="tty", exact=False, cols=90, rows=30, term="xterm")
-        watcher.connect(want="join", uid=accept.uid, mode="watch", exact=False, cols=40, rows=10, term="xterm")
-        watcher.say(Type.RESIZE, 1, Resize(41, 11))
-        assert watcher.alive()
-        driver.send(Type.DATA, 1, 0, b"\n")
+        accept = driver.connect(agent="tty", exact=True, cols=90, rows=30)
         seen = b""
         while b"30 90" not in seen:
             seen += driver.data(1)
-        assert b"11 41" not in seen
+        watcher.connect(want="join", uid=accept.uid, mode="watch", exact=False, cols=40, rows=10, term="xterm")
+        watcher.say(Type.RESIZE, 1, Resize(41, 11))
+        assert watcher.alive()
+        # The node dealt with it before it answered. Nobody types: whoever did would give the program its own size.
+        seen = b""
+        while seen.count(b"\n") < 6:
+            seen += driver.data(1)
+        assert set(seen.split(b"\r\n")[1:-1]) == {b"30 90"}
+        # Control: the one who drives is heard, so what the program prints is its terminal's size now.
+        driver.say(Type.RESIZE, 1, Resize(91, 31))
+        while b"31 91" not in seen:
+            seen += driver.data(1)
 
 
 # ---- tickets ---------------------------------------------------------------------------------------------------

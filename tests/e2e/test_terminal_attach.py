@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.rig import Rig, wait_for
-from tests.e2e.screens import HERE, Pane, Tmux, assert_never_same, assert_same, attach_words, child_of, second_device
+from tests.e2e.screens import (
+    HERE, Pane, Tmux, assert_never_same, assert_same, assert_shows, attach_words, child_of, second_device,
+)  # fmt: skip
 
 pytestmark = [
     pytest.mark.xdist_group("terminal-attach"),
@@ -235,7 +237,7 @@ def test_the_terminal_is_as_before(stage: Stage, how: str) -> None:
             proxy.refuse()
             proxy.cut()
         shell.type("\r~.")
-    wait_for(lambda: not shell.view().differences(before), name="the terminal as it was")
+    assert_shows(shell, before)
     assert stty(shell) == settings
     shell.close()
 
@@ -338,7 +340,7 @@ def test_the_status_line_comes_and_goes_without_a_trace(stage: Stage, screen: st
     pane.expect(r"sterna: reconnecting to 127\.0\.0\.1:\d+ … [12] s  \(~\. to give up\)")
     assert pane.view().differences(before)
     proxy.accept()
-    wait_for(lambda: not pane.view().differences(before), name="the screen without the line")
+    assert_shows(pane, before)
     # Nor is anything hidden in what follows.
     other.keys("Enter")
     wait_for(lambda: other.view().differences(before), name="later output")

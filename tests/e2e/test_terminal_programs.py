@@ -165,6 +165,7 @@ def bash(twins: Twins, work: Path) -> None:
     twins.keys("Down")
     twins.expect(r"\^\[OB")
     twins.keys("C-c")
+    twins.expect(r"^\$ xxx")
     twins.line(r"printf '\e[?1l\e>\e[?1000;1006l\e[r\e[4l\e[20;1H'; clear; echo re''set")
     twins.expect("^reset")
     twins.same()
@@ -293,7 +294,7 @@ def test_it_is_as_without_sterna(stage: Stage, program: str, network: str) -> No
     proxy = stage.rig.proxy() if network == "cut" else None
     twins = Twins(stage, seed, proxy)
     if proxy is not None:
-        proxy.chaos(seed, every=(0.02, 0.3), actions=("reset", "close", "stall", "delay"))
+        proxy.chaos(seed, every=(0.01, 0.15), actions=("reset", "close", "reset", "close", "stall", "delay"))
     PROGRAMS[program](twins, _files(stage.rig.directory))
     if proxy is not None:
         print("cuts", proxy.cuts)

@@ -47,7 +47,7 @@ ENDS = {
     "modes": b"\x1b[?1h\x1b=\x1b[?1002;1006h\x1b[?2004h\x1b[3;20r\x1b[?25l\x1b]2;a title\x07\x1b[4h\x1b[7;9H\x1b[35m",
     "alternate": b"\x1b[?1049h\x1b[2J\x1b[7;7H\x1b7\x1b[H\x1b[42m full \x1b[m\x1b[12;30H\x1b[7mscreen\x1b[?1003h\x1b[m",
 }
-RING_BYTES = 256 * 1024
+RING_BYTES = 2 * limits.WINDOW_BYTES
 _PREFIX = b"\x18\x1b\\"
 
 
@@ -194,7 +194,7 @@ def test_it_stands_still_and_falls_behind(stage: Stage, cut: str) -> None:
     scene.emit(styled_lines(rng, 3_000) + b"here")
     lag = scene.laggard
     wait_for(lambda: lag.seen().endswith(b"here"), name="the cut")
-    time.sleep(2 * limits.ACK_DELAY_MS / 1000)  # the node knows by then; what it sends without, `check` sees
+    time.sleep(4 * limits.ACK_DELAY_MS / 1000)  # the node knows by then; what it sends without, `check` sees
     lag.freeze()
     # The node sends as much as the window has room for, to the byte.
     head = styled_lines(rng, limits.WINDOW_BYTES - 4 - len(half)) + b"here" + half

@@ -135,7 +135,7 @@ class NodeWorld:
             position = who.cursor if source.below(2) else source.number()
             session.client_ack(who, position.to_bytes(8, "big")[: 8 - source.below(2) * source.below(9)], self.now)
         elif choice == 4:
-            session.client_resize(who, source.number(), source.number())
+            session.client_resize(who, source.number(), source.number(), self.now)
         elif choice == 5:
             session.client_close(who, self.now)
         elif choice == 6:

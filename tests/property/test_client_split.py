@@ -18,6 +18,7 @@ PIECES = (
     b"52;c;", b"?", b"10;", b"11;?", b"6n", b"c", b">q", b"0", b";", b"a=q", b"tmux;", b"\x1b\x1b", b"$q", b"+q", b"m",
     b"x", b"\x18", b"\x05", b"\n", b"hello", b"1337;", b"Copy=:", b"u", b"\xe2\x82\xac", b"\x00", b"18t", b"21;a=?",
     b"\x1b[?1049", b"h", b"l", b"25", b"\x1b[>1u", b"\x1b[<u", b"\x1b(0", b"\x0e", b"\x1bc", b"2;5r", b"z" * 2_000,
+    b"0" * 2_100, b"\x00" * 4_090, b"\x07" * 4_100,
 )  # fmt: skip
 OUTPUT = st.lists(st.sampled_from(PIECES) | st.binary(max_size=4), max_size=30).map(b"".join)
 PLAIN = st.lists(

@@ -21,7 +21,8 @@ class Client:
         self.world, self.number, self.exact, self.mode = world, number, exact, mode
         self.id = AttachmentId(bytes([number]) * 16)
         config = world.config
-        self.out = config.client_stream(config.input_start, config.window, 1000)
+        self.input_start = config.input_start if mode == "drive" else 0  # a watcher has no lane
+        self.out = config.client_stream(self.input_start, config.window, 1000)
         self.intake = config.client_intake(0)
         self.known = False  # it has an ACCEPT
         self.attached = False
@@ -127,7 +128,7 @@ class Client:
         self.free = False
 
     def _acknowledged(self, position: int) -> None:
-        done = self.world.pod.handled_input.get(self.id, (self.world.config.input_start, []))[0]
+        done = self.world.pod.handled_input.get(self.id, (self.input_start, []))[0]
         check(position <= done, f"input up to {position} was acknowledged, the program has had {done}")
         self.out.acknowledge(position)
 

@@ -135,7 +135,8 @@ class SnapshotBeforeAsked(Session):
 
     def pod_gone(self) -> None:
         for capture in self._captures.values():
-            capture.attachment.waiting = False
+            for attachment in capture.attachments:
+                attachment.waiting = False
         super().pod_gone()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sterna.client.queries import LIVE, PASSIVE, REPLAY, SEQUENCE_HELD_MAX_BYTES, QueryFilter
@@ -99,16 +101,67 @@ def test_output_without_sequences_is_the_same_object(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [b"\x1b]11;", b"\x1b[", b"\x1b]1337;", b"\x1b_Ga=", b"\x1bP", b"\x1b"], ids=lambda start: repr(start[1:])
-)
-def test_what_is_held_back_is_bounded_and_comes_out(start: bytes) -> None:
+    ("start", "passes"),
+    [
+        (b"\x1b]11;", False), (b"\x1b[", False), (b"\x1b]1337;", True), (b"\x1b_Ga=", False), (b"\x1bP", False),
+        (b"\x1b", True),
+    ],
+    ids=lambda value: repr(value)[1:],
+)  # fmt: skip
+def test_what_is_held_back_is_bounded(start: bytes, passes: bool) -> None:
     filter_ = QueryFilter(REPLAY)
     data = start + b"1" * (3 * SEQUENCE_HELD_MAX_BYTES)
     out = b""
     for index in range(0, len(data), 100):
         out += filter_.feed(data[index : index + 100])
         assert filter_.held_bytes <= SEQUENCE_HELD_MAX_BYTES + 1
-    assert out + filter_.flush() == data
+    assert out + filter_.flush() == (data if passes else b"")
+
+
+PADDED = {
+    "zeros before 52": (b"\x1b]", b"0", b"52;c;eA==\x07"), "NUL after ESC": (b"\x1b", b"\0", b"]52;c;eA==\x07"),
+    "NUL in 52": (b"\x1b]5", b"\0", b"2;c;eA==\x07"), "C1": (b"\xc2\x9d", b"0", b"52;c;eA==\xc2\x9c"),
+    "NUL in Copy": (b"\x1b]1337;", b"\0", b"Copy=:eA==\x07"), "tmux": (b"\x1bP", b"\0",
+    b"tmux;\x1b\x1b]52;;eA==\x07\x1b\\"),
+    "bells": (b"\x1b", b"\x07", b"]52;c;eA==\x07"),
+}  # fmt: skip
+PADDED_QUERIES = {
+    "CPR": (b"\x1b[", b"0", b"6n"), "C1 CPR": (b"\xc2\x9b", b"0", b"6n"), "NUL before CPR": (b"\x1b", b"\0", b"[6n"),
+    "DECID": (b"\x1b", b"\0", b"Z"), "DECRQSS": (b"\x1bP", b"0", b"$qm\x1b\\"), "NUL before DECRQSS": (b"\x1b", b"\0",
+    b"P$qm\x1b\\"), "graphics": (b"\x1b_G", b"i", b",a=q;AAAA\x1b\\"), "background": (b"\x1b]11;", b"\0", b"?\x07"),
+    "background after colours": (b"\x1b]4;1;red;", b"1;red;", b"2;?\x07"),
+    "clipboard": (b"\x1b]52;", b"\0", b"c;?\x07"), "cell size": (b"\x1b]1337;", b"\0", b"ReportCellSize\x07"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sequence", "mode"),
+    [
+        *((sequence, mode) for sequence in PADDED.values() for mode in (LIVE, PASSIVE, REPLAY)),
+        *((sequence, mode) for sequence in PADDED_QUERIES.values() for mode in (PASSIVE, REPLAY)),
+    ],
+)
+@pytest.mark.parametrize("padding", [1, 60, SEQUENCE_HELD_MAX_BYTES - 8, 4_200, 70_000])
+def test_padding_hides_nothing(sequence: tuple[bytes, bytes, bytes], mode: str, padding: int) -> None:
+    start, filler, rest = sequence
+    data = AROUND[0] + start + filler * (padding // len(filler) + 1) + rest + AROUND[1]
+    for step in (0, 1_000, 4_097) if padding > 5_000 else (0, 1, 1_000, 4_097):
+        out = filtered(data, mode, step=step)
+        # What terminals skip within a control sequence may stay, and so may a string's end: it does nothing.
+        out = re.sub(rb"\0|\x1b+\\", b"", out)
+        assert out == AROUND[0] + AROUND[1], step
+
+
+@pytest.mark.parametrize("before", [b"\x1b\x07]52;c;eA==\x07", b"\x1bP\0tmux;\x1b\x1b]52;c;eA==\x07\x1b\\"], ids=repr)
+def test_a_control_within_an_introducer_hides_nothing(before: bytes) -> None:
+    assert filtered(before + b"x", LIVE) == b"x"
+
+
+@pytest.mark.parametrize("clipboard", [False, True])
+def test_long_strings_that_ask_nothing_pass(clipboard: bool) -> None:
+    note = b"\x1b]99;i=1:e=1:p=icon;" + b"QUJD" * 3_000 + b"\x1b\\"
+    assert filtered(note, REPLAY, clipboard=clipboard) == note
+    assert filtered(CLIPBOARD["long"], REPLAY, clipboard=clipboard) == (CLIPBOARD["long"] if clipboard else b"")
 
 
 def test_a_dropped_string_holds_nothing_however_long() -> None:

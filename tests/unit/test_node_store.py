@@ -325,6 +325,19 @@ def test_a_session_forgets_the_attachment_longest_unused_but_none_that_is_connec
     assert db.attachment(elsewhere) is not None
 
 
+def test_watchers_make_a_session_forget_watchers_but_no_driver(db: Store) -> None:
+    number = make(db).number
+    drivers = [attach(db, number, now=NOW + i) for i in range(limits.ATTACHMENTS_MAX)]
+    watchers = [AttachmentId(os.urandom(16)) for _ in range(limits.WATCHERS_MAX + 5)]
+    for i, watcher in enumerate(watchers):
+        db.add_attachment(watcher, number, MINE, "watch", False, NOW + 1_000 + i)
+    assert all(db.attachment(driver) is not None for driver in drivers)
+    assert [i for i, watcher in enumerate(watchers) if db.attachment(watcher) is None] == list(range(5))
+    attach(db, number, now=NOW + 2_000)
+    assert [i for i, driver in enumerate(drivers) if db.attachment(driver) is None] == [0]
+    assert db.attachment(watchers[-1]) is not None
+
+
 def test_a_revoked_device_is_refused_with_all_it_had(db: Store) -> None:
     attachment = attach(db, make(db).number)
     db.put_device(MINE, KEY, "bob", "", NOW)

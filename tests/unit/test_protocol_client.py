@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from sterna.errors import Code
+from sterna.limits import TEXT_SHOWN_MAX_CHARS
 from sterna.protocol import messages
-from sterna.protocol.client import ClientMachine, Dial
+from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Notice, Opened, Trouble
 from sterna.protocol.frame import Type, encode
 
 SECOND = 1_000_000_000
 UID = b"U" * 16
 
 
-def machine() -> tuple[ClientMachine, int]:
+def machine(name: str = "n") -> tuple[ClientMachine, int]:
     """A client whose first connection carries its session."""
     body = messages.ConnectBody(
         context=messages.CONTEXT_CONNECT,
@@ -38,7 +39,7 @@ def machine() -> tuple[ClientMachine, int]:
         kind="pty",
         epoch=1,
         node=b"N" * 32,
-        name="n",
+        name=name,
         agent="a",
         output=0,
         input=0,
@@ -47,6 +48,10 @@ def machine() -> tuple[ClientMachine, int]:
     )
     give(client, number, Type.ACCEPT, 1, accept)
     assert client.active == number
+    trouble, opened = client.next_event(), client.next_event()
+    assert isinstance(trouble, Trouble)
+    assert isinstance(opened, Opened)
+    assert opened.accept.name.isprintable()
     events(client)
     return client, number
 
@@ -110,3 +115,46 @@ def test_an_acknowledgement_of_what_an_earlier_connection_carried_is_fine() -> N
                    + encode(Type.ACK, 1, 10, (10).to_bytes(8, "big")), 2 * SECOND)  # fmt: skip
     assert client.active == new
     assert client.input.base == 10
+
+
+def test_a_resize_between_resume_and_its_answer_is_not_lost() -> None:
+    for resized in (True, False):
+        client, old = machine()
+        client.suspect(2 * SECOND, "the address changed")
+        new = dial(client)
+        client.established(new, 2 * SECOND)
+        client.data_to_send()
+        if resized:
+            client.resize(90, 30)  # goes out on the old connection, which may be dead
+        client.data_to_send()
+        give(client, new, Type.RESUMED, 1, messages.Resumed(epoch=1, log=1, output=0, input=0))
+        assert client.active == new != old
+        said = b"".join(part for number, parts in client.data_to_send() if number == new for part in parts)
+        assert (encode(Type.RESIZE, 1, 0, messages.pack(messages.Resize(90, 30))) in said) is resized
+
+
+def test_what_a_node_says_carries_no_escape_sequences() -> None:
+    """Names, reasons and errors are shown on the user's terminal."""
+    hostile, clean = "a\x1b]52;c;eA==\x07b\n\x9b6nc" + "d" * 9_000, "a]52;c;eA==b6nc"
+    client, number = machine()
+    give(client, number, Type.EVENT, 1, messages.Event("joined", label=hostile, device=hostile))
+    give(client, number, Type.CLOSE, 1, messages.Close(code=int(Code.AGENT_LOST), reason=hostile))
+    notice, ended = client.next_event(), client.next_event()
+    assert isinstance(notice, Notice)
+    assert isinstance(ended, Ended)
+    client, number = machine()
+    give(client, number, Type.ERROR, 1, messages.error(Code.DISPLACED, hostile, address=hostile))
+    failed = client.next_event()
+    assert isinstance(failed, Failed)
+    client, number = machine()
+    give(client, number, Type.ERROR, 0, messages.error(Code.BUSY, hostile))
+    trouble = client.next_event()
+    assert isinstance(trouble, Trouble)
+    client, number = machine(name=hostile)
+    assert client.active == number
+    said = [notice.event.label, notice.event.device, ended.close.reason, str(failed.error), failed.error.address]
+    for text in (*said, trouble.reason):
+        assert text is not None
+        assert text.startswith(clean), text
+        assert text.isprintable()
+        assert len(text) <= TEXT_SHOWN_MAX_CHARS

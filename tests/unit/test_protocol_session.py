@@ -78,8 +78,8 @@ def attachment(letter: bytes = b"a", *, exact: bool = True, mode: messages.Mode 
     return made
 
 
-def attach(target: Session, who: Attachment, output: int | None = None) -> None:
-    target.attach(who, NOW, output=output, node=NODE, created=False)
+def attach(target: Session, who: Attachment, output: int | None = None, now: int = NOW) -> None:
+    target.attach(who, now, output=output, node=NODE, created=False)
 
 
 def resume(target: Session, who: Attachment, output: int, log: int = 1) -> messages.Resumed:
@@ -374,6 +374,159 @@ def terminal(letter: bytes, cols: int, rows: int) -> Attachment:
     return made
 
 
+def asked(port: Port) -> list[messages.Capture]:
+    """What the pod was asked to draw since the last look."""
+    return [messages.unpack(messages.Capture, f[3]) for f in sent(port.link) if f[0] == Type.CAPTURE]
+
+
+def answer(target: Session, port: Port, now: int = NOW) -> int:
+    """Answers everything the pod was asked to draw; returns how many drawings that were."""
+    captures = asked(port)
+    for capture in captures:
+        target.pod_snapshot(messages.Snapshot(target.log.end, data=b"picture", token=capture.token), now)
+    return len(captures)
+
+
+def sizes(port: Port) -> list[tuple[int, int]]:
+    """The sizes that the pod was told since the last look."""
+    told = [messages.unpack(messages.Resize, f[3]) for f in sent(port.link) if f[0] == Type.RESIZE]
+    return [(size.cols, size.rows) for size in told]
+
+
+def test_sizes_are_told_twenty_times_a_second_at_most_and_the_last_one_wins() -> None:
+    target, who = session(), terminal(b"a", 80, 24)
+    port = opened(target)
+    attach(target, who)
+    assert sizes(port) == [(80, 24)]
+    every = limits.RESIZE_EVERY_MS * 1_000_000
+    for number in range(1000):
+        target.client_resize(who, 80 + number % 2, 24, NOW + number)
+    assert sizes(port) == []
+    target.client_resize(who, 100, 30, NOW + 2000)
+    due = target.next_timeout()
+    assert due == NOW + every
+    target.handle_timeout(due)
+    assert sizes(port) == [(100, 30)]
+    assert target.next_timeout() is None
+    target.client_resize(who, 100, 30, NOW + SECOND)
+    assert sizes(port) == []
+
+
+def test_a_size_that_was_lost_with_the_pods_connection_is_told_again() -> None:
+    target, who = session(), terminal(b"a", 80, 24)
+    opened(target)
+    attach(target, who)
+    target.pod_gone()
+    target.client_resize(who, 90, 30, NOW)
+    port = Port()
+    target.pod_opened(port, messages.Opened(0, 0, [LaneState(who.id, 0)], 132, 43), NOW + SECOND)
+    assert sizes(port) == [(90, 30)]
+
+
+def test_pictures_for_other_terminals_are_few_and_one_at_a_time() -> None:
+    target, driver = session(), terminal(b"d", 80, 24)
+    port = opened(target, features=("snapshot",))
+    attach(target, driver)
+    watchers = [terminal(bytes([65 + number]), 60, 20) for number in range(limits.WATCHERS_MAX)]
+    for watcher in watchers:
+        watcher.mode = "watch"
+        attach(target, watcher)
+    sent(port.link)
+    every = limits.RESIZE_EVERY_MS * 1_000_000
+    drawings = []
+    for number in range(1, 41):  # two seconds
+        now = NOW + number * every
+        target.client_resize(driver, 80 + number % 2, 24, now)
+        target.handle_timeout(now)
+        captures = asked(port)
+        assert len(captures) <= 1
+        drawings += captures
+        if number > 20:
+            for capture in captures:
+                target.pod_snapshot(messages.Snapshot(0, data=b"fits", token=capture.token), now)
+        if number == 20:
+            assert len(drawings) == 1, "the pod has not answered yet"
+            target.pod_snapshot(messages.Snapshot(0, data=b"fits", token=drawings[0].token), now)
+    assert len(drawings) == 1 + 1000 // limits.REPAINT_EVERY_MS
+    assert all(kinds(watcher.link).count(Type.SNAPSHOT) == len(drawings) for watcher in watchers)
+
+
+def test_one_drawing_serves_all_who_join_until_it_comes() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    target.pod_data(0, b"something", NOW)
+    joined = [attachment(bytes([65 + number]), exact=False) for number in range(10)]
+    for who in joined:
+        attach(target, who)
+    (capture,) = asked(port)
+    target.detach(joined[0], NOW, polite=True)
+    target.pod_snapshot(messages.Snapshot(9, 0, False, data=b"first", token=capture.token), NOW)
+    late = attachment(b"z", exact=False)
+    attach(target, late)
+    assert asked(port) == []
+    target.pod_snapshot(messages.Snapshot(9, 1, True, data=b"second", token=capture.token), NOW)
+    assert kinds(joined[0].link) == [Type.ACCEPT] + [Type.EVENT] * 9
+    for who in joined[1:]:
+        assert kinds(who.link).count(Type.SNAPSHOT) == 2
+        assert (who.waiting, who.cursor) == (False, 9)
+    assert late.waiting
+    assert answer(target, port) == 1
+    assert not late.waiting
+
+
+def test_joining_and_leaving_in_a_loop_draws_once() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    target.pod_data(0, b"something", NOW)
+    for number in range(100):
+        who = attachment(b"l", exact=False, mode="watch")
+        attach(target, who, now=NOW + number)
+        target.detach(who, NOW + number, polite=True)
+    assert answer(target, port) == 1
+    assert answer(target, port) == 0
+    stays = attachment(b"s", exact=False)
+    attach(target, stays)
+    assert answer(target, port) == 1
+    assert not stays.waiting
+
+
+def test_a_picture_is_not_shared_with_who_brings_another_size() -> None:
+    target = session()
+    port = opened(target, features=("snapshot",))
+    target.pod_data(0, b"something", NOW)
+    first, second = terminal(b"a", 80, 24), terminal(b"b", 110, 40)
+    attach(target, first)
+    (capture,) = asked(port)
+    attach(target, second, now=NOW + 1)
+    assert asked(port) == []  # the size has to wait, and the picture for it
+    due = target.next_timeout()
+    assert due is not None
+    target.handle_timeout(due)
+    target.pod_snapshot(messages.Snapshot(9, data=b"old size", token=capture.token), due)
+    assert (first.waiting, second.waiting) == (False, True)
+    (capture,) = [c for c in asked(port) if c.scrollback]
+    target.pod_snapshot(messages.Snapshot(9, data=b"new size", token=capture.token), due)
+    assert not second.waiting
+
+
+def test_watchers_take_no_lane_from_a_driver_that_is_away() -> None:
+    target, driver = session(), attachment(b"d")
+    opened(target)
+    attach(target, driver)
+    target.client_input(driver, Type.DATA, 0, b"12345", NOW)
+    assert driver.lane is not None
+    target.pod_ack(driver.lane, (5).to_bytes(8, "big"))
+    target.detach(driver, NOW)
+    for number in range(limits.LANES_MAX + 1):
+        who = attachment(mode="watch")
+        who.id = AttachmentId(number.to_bytes(16, "big"))
+        attach(target, who, now=NOW + 1 + number)
+        assert resume(target, who, 0).input == 0
+        assert who.lane is None
+    assert list(target.lanes) == [driver.id]
+    assert resume(target, attachment(b"d"), 0).input == 5
+
+
 def test_a_terminal_of_another_size_gets_a_picture_that_fits_and_so_do_the_others() -> None:
     target = session()
     port = opened(target, features=("snapshot",))
@@ -383,7 +536,7 @@ def test_a_terminal_of_another_size_gets_a_picture_that_fits_and_so_do_the_other
     picture = messages.Snapshot(9, data=b"picture")
     asked = [messages.unpack(messages.Capture, f[3]) for f in sent(port.link) if f[0] == Type.CAPTURE]
     target.pod_snapshot(msgspec.structs.replace(picture, token=asked[0].token), NOW)
-    attach(target, second)
+    attach(target, second, now=NOW + SECOND)
     frames = [f for f in sent(port.link) if f[0] in (Type.RESIZE, Type.CAPTURE)]
     assert [f[0] for f in frames] == [Type.RESIZE, Type.CAPTURE, Type.CAPTURE]
     assert messages.unpack(messages.Resize, frames[0][3]) == messages.Resize(80, 24)
@@ -406,7 +559,7 @@ def test_a_picture_that_is_late_for_who_is_behind_is_left_out() -> None:
     first, second = terminal(b"a", 110, 40), terminal(b"b", 80, 24)
     attach(target, first)
     sent(port.link)
-    attach(target, second)
+    attach(target, second, now=NOW + SECOND)
     (token,) = [messages.unpack(messages.Capture, f[3]).token for f in sent(port.link) if f[0] == Type.CAPTURE]
     first.window = 3
     target.pod_data(0, b"something", NOW)
@@ -421,10 +574,12 @@ def test_a_terminal_of_the_new_size_is_left_alone() -> None:
     target = session()
     port = opened(target, features=("snapshot",))
     first, second, third = terminal(b"a", 80, 24), terminal(b"b", 80, 24), terminal(b"c", 100, 30)
-    for each in (first, second, third):
-        attach(target, each)
+    attach(target, first)
+    attach(target, second)
+    attach(target, third, now=NOW + SECOND)
+    answer(target, port)
     sent(port.link)
-    target.client_input(first, Type.DATA, 0, b"x", NOW)
+    target.client_input(first, Type.DATA, 0, b"x", NOW + 2 * SECOND)
     frames = sent(port.link)
     assert [f[0] for f in frames].count(Type.RESIZE) == 1
     assert [f[0] for f in frames].count(Type.CAPTURE) == 1

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sterna.client.queries import REPLAY, QueryFilter
 from sterna.pod import libghostty
 from sterna.pod.screen_ghostty import GhosttyTerminal
 from sterna.pod.snapshot import MODES
@@ -17,7 +18,9 @@ def repainted(
     """Feeds one terminal, another one from its snapshot, and both with what comes later."""
     one, other = GhosttyTerminal(cols, rows, 100), GhosttyTerminal(cols, rows, 100)
     one.feed(stream)
-    other.feed(one.snapshot())
+    snapshot = one.snapshot()
+    assert not one.at_ground() or QueryFilter(REPLAY).feed(snapshot) == snapshot, "a client takes nothing from it"
+    other.feed(snapshot)
     assert one.feed(later) == other.feed(later)
     assert one.cells(scrollback=True) == other.cells(scrollback=True)
     assert one.cursor() == other.cursor()
@@ -150,6 +153,18 @@ def test_titles_lose_control_characters_in_a_snapshot() -> None:
     terminal.feed(b"\x1b]2;good\x07")
     assert terminal.title() == "good"
     assert b"\x1b]2;good\x1b\\" in terminal.snapshot()
+
+
+@pytest.mark.parametrize(
+    "hidden", ["\x9d52;c;eA==\x9c".encode(), b"\xc2\xc2\x9d\x9d52;c;eA==", b"\xc2\x00\x9d52;c;eA=="], ids=repr
+)
+@pytest.mark.parametrize("where", [b"\x1b]2;", b"\x1b]7;file://host/", b"\x1b]8;;http://example.org/"], ids=repr)
+def test_nothing_is_planted_for_whoever_attaches_later(where: bytes, hidden: bytes) -> None:
+    terminal = GhosttyTerminal(20, 5)
+    terminal.feed(b"text" + where + hidden + b"\x1b\\more")
+    snapshot = terminal.snapshot()
+    assert QueryFilter(REPLAY).feed(snapshot) == snapshot
+    assert not any(b"\xc2%c" % byte in snapshot for byte in range(0x80, 0xA0))
 
 
 def test_terminals_in_several_threads_keep_their_answers_apart() -> None:

@@ -67,6 +67,8 @@ def share(
         _print_qr(link.terminal())
         can = "looks on at" if watch else "opens"
         print(f"On another device, within {in_words(ttl)}, this {can} the session {shared['name']}:")
+        print("    sterna attach -")
+        print("and paste the link, which nobody else sees then; or, on a machine that has no other users:")
         print(f"    sterna attach '{link.terminal()}'")
         print("It is for the first device that uses it, which may use it again until then.")
 
@@ -190,9 +192,7 @@ def devices(as_json: bool, state: str | None, host: str | None, port: int | None
 @click.command()
 @click.argument("device", required=False)
 @click.option("--this-device", is_flag=True, help="Yes, even if DEVICE is the one that I type this on.")
-@click.option(
-    "--token", "token_", metavar="TOKEN", help="Refuse this access token (its id, or all of it) instead of a device."
-)
+@click.option("--token", "token_", metavar="ID", help="Refuse the access token with this id instead of a device.")
 @node_options
 def revoke(
     device: str | None, token_: str | None, this_device: bool, state: str | None, host: str | None, port: int | None
@@ -202,10 +202,14 @@ def revoke(
 
     if (device is None) == (token_ is None):
         raise UsageError("Name a device (`sterna devices` lists them), or a token with --token.")
+    if token_ is not None and _TOKEN_ID.fullmatch(token_) is None:
+        raise UsageError(
+            "That is no token's id (32 hex digits): give its id, which `sterna token` printed, never the token itself."
+        )
     with reach(state=state, host=host, port=port) as caller:
         if token_ is not None:
             # The node keeps no list of the tokens it issued, so nobody can tell whether there ever was this one.
-            print(f"The token {caller.call('revoke', token=_token_id(token_))['token']} is refused from now on.")
+            print(f"The token {caller.call('revoke', token=token_)['token']} is refused from now on.")
         else:
             revoked = caller.call("revoke", device=device, this_device=this_device)["device"]
             print(f"Revoked the device {revoked[:16]}.")
@@ -243,18 +247,11 @@ def token(
 
 
 def _token_id(text: str) -> str:
-    """Returns a signed token's id (docs/protocol.md, section 4); anything else is taken for an id already."""
-    if not text.startswith("st1."):
-        if _TOKEN_ID.fullmatch(text) is None:
-            raise UsageError("That is no token's id (32 hex digits): give the id, or all of the token.")
-        return text
+    """Returns the id of a token that the node issued (docs/protocol.md, section 4)."""
     import msgspec
 
     from sterna.limits import TOKEN_MAX_BYTES
     from sterna.trust import base64url
 
     payload = base64url.decode(text.split(".")[1], TOKEN_MAX_BYTES)
-    try:
-        return msgspec.msgpack.decode(payload or b"", type=tuple[str, list[str], list[str], int, str, int])[4]
-    except msgspec.DecodeError:
-        raise UsageError("This is no access token: give all of it, or its id.") from None
+    return msgspec.msgpack.decode(payload or b"", type=tuple[str, list[str], list[str], int, str, int])[4]

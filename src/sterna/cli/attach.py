@@ -29,7 +29,7 @@ def attach(
     target: str | None, name: str | None, fresh: bool, watch: bool, displace: bool, escape: str, clipboard: bool,
     notify: bool, state: str | None, host: str | None, port: int | None,
 ) -> int:  # fmt: skip
-    """A terminal on a session: your latest with an AGENT, one by NAME, or the one of a share LINK.
+    """A terminal on a session: your latest with an AGENT, one by NAME, or the one of a share LINK (`-` asks for it).
 
     `sterna attach user@host` sets the other machine up over your own ssh, then connects directly.
 
@@ -55,6 +55,8 @@ def _again(target: str | None, state: str | None, host: str | None, port: int | 
     """Returns the command that comes back to a session; a share link's secret is not shown."""
     from sterna.trust.links import is_link
 
+    if target == "-":
+        return "sterna attach -"
     if target is not None and is_link(target):
         return "sterna attach 'LINK'"
     elsewhere = [target] if target is not None and ("@" in target or "://" in target) else []

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from sterna import __version__
+from sterna import __version__, limits
 from sterna.errors import SternaError, UsageError
+from sterna.ids import clean_label
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -122,7 +123,9 @@ def main() -> NoReturn:
     except SternaError as error:
         if os.environ.get("STERNA_DEBUG"):
             raise
-        sys.stderr.write(f"sterna: {error}\n")
+        # What a node said was cleaned when it came; this is the last line of defence for the user's terminal.
+        lines = (clean_label(line, limits.TEXT_SHOWN_MAX_CHARS) for line in str(error).split("\n"))
+        sys.stderr.write("sterna: " + "\n".join(lines) + "\n")
         status = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         status = 130

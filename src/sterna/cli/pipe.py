@@ -41,11 +41,12 @@ def pipe(
 
     A terminal's program gets no input by surprise: that needs --pty, or --name, or AGENT with --new.
     """
-    from sterna.cli.target import choose
+    from sterna.cli.target import choose, without_trace
     from sterna.client import pipe as client
     from sterna.client.endpoint import find
     from sterna.trust.links import is_link
 
+    target = without_trace(target)
     link = target if target is not None and is_link(target) else None
     options = client.PipeOptions(f"{target or ''} {name or ''} {fresh}")
     options.state = state

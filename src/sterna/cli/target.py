@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from sterna.client import endpoint as endpoints
 from sterna.client.endpoint import Endpoint, find
 from sterna.client.session import Wish
 from sterna.errors import Code, RefusedError, UsageError
-from sterna.trust.links import is_link
+from sterna.trust.links import LINK_MAX_CHARS, is_link
 
 if TYPE_CHECKING:
     from sterna.client.calls import Caller
@@ -19,6 +19,48 @@ DEFAULT_AGENT = "main"
 endpoints.notice = lambda text: print(f"sterna: {text}", file=sys.stderr)
 _LISTED_MAX = 50
 _ANSWER_BYTES = 1024
+
+
+@overload
+def without_trace(target: str) -> str: ...
+@overload
+def without_trace(target: str | None) -> str | None: ...
+def without_trace(target: str | None) -> str | None:
+    """Returns a target; for `-`, the share link that the user types unseen, or the first line of standard input.
+
+    Other users of a machine can read the words of every command there (proc(5), cmdline). Raises UsageError.
+    """
+    if target != "-":
+        return target
+    link = read_secret("Share link", LINK_MAX_CHARS)
+    if not is_link(link):
+        raise UsageError("This is no share link: paste the whole link that `sterna share` printed.")
+    return link
+
+
+def read_secret(what: str, limit: int) -> str:
+    """Asks on the terminal without echo, or reads the first line of standard input; at most `limit` characters.
+
+    Not a byte beyond the line's end is taken: it may be what a command reads next.
+    """
+    import click
+
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        try:
+            text = getpass(f"{what}: ")
+        except EOFError:
+            raise click.Abort from None
+        if len(text) > limit:
+            raise UsageError(f"The {what.lower()} is longer than {limit} characters.")
+        return text.strip()
+    line = b""
+    while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"", b"\n"):
+        line += byte
+        if len(line) > limit:
+            raise UsageError(f"The {what.lower()} is longer than {limit} characters.")
+    return line.decode(errors="replace").strip()
 
 
 def choose(
@@ -33,9 +75,11 @@ def choose(
 ) -> tuple[Endpoint, Wish]:
     """Returns the node and the wish for `attach` and its kin; raises SternaError with what to do.
 
-    A target is a share link, `user@host` for ssh, an agent's name (its latest session) or a session's. Without target
-    and name, and with several sessions that go on, the user picks one if `interactive` (by default: on a terminal).
+    A target is a share link, `-` (see `without_trace`), `user@host` for ssh, an agent's name (its latest session) or a
+    session's. Without target and name, and with several sessions that go on, the user picks one if `interactive` (by
+    default: on a terminal).
     """
+    target = without_trace(target)
     if target is not None and is_link(target):
         if name is not None or fresh:
             raise UsageError("A share link names its session: leave --name and --new out.")
@@ -141,10 +185,12 @@ def named_session(
 ) -> tuple[Endpoint, Wish, dict[str, Any]]:
     """Returns the node, the wish to join, and what the node tells (`info`) of the session that a script names.
 
-    It is meant by a share link, its name or uid, or its agent's name (the latest session). Raises SternaError.
+    It is meant by a share link, `-` (see `without_trace`), its name or uid, or its agent's name (the latest session).
+    Raises SternaError.
     """
     from sterna.client.calls import Caller, pick
 
+    which = without_trace(which)
     link = which if is_link(which) else None
     endpoint = find(state=state, link=link) if link is not None else find(state=state, host=host, port=port)
     with Caller(endpoint, state=state) as caller:

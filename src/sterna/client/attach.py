@@ -84,8 +84,9 @@ class Attach:
     def run(self) -> int:
         """Stays attached until the session ends, the user leaves, or it cannot go on; returns the exit status."""
         driver, terminal = self._driver, self._terminal
-        driver.watch(terminal.in_fd, _IN, self._keys)
+        # In this order: a program must know of the new size before it gets the keys typed after the change.
         driver.watch(terminal.wake_fd, _IN, self._woken)
+        driver.watch(terminal.in_fd, _IN, self._keys)
         try:
             while not (self._left or self._error or (self._close is not None and not self._queue)):
                 self._driver.turn(self._status.next_timeout())
@@ -271,7 +272,11 @@ class Attach:
             self._painted = True
             data = data.replace(_ERASE_ALL, _ERASE_ALL[: -len(_ERASE_BACK)], 1)
         self._write(self._status.end())
-        self._filter.flush()
+        # Nobody asks anything in a picture, and it sets no clipboard, whatever the user lets the output do. It may end
+        # within a sequence, which the output goes on with: so does its filter.
+        self._filter = QueryFilter(REPLAY)
+        data = self._filter.feed(data)
+        self._filter.clipboard = self._options.clipboard
         self._queue.append((data, event.position))
         self._flush(0)
 

@@ -75,7 +75,7 @@ class Caller:
                 if result.id == self._ids:
                     if result.error is not None:
                         raise _refusal(result.error)
-                    return msgspec.msgpack.decode(result.value)
+                    return messages.shown(msgspec.msgpack.decode(result.value))
 
     def pages(self, method: str, key: str, *, after: int = 0, **params: Any) -> Iterator[Any]:
         """Yields the items of a list that comes in pages: `key` names them in each, `next` says where the next begins.
@@ -208,7 +208,8 @@ class Caller:
 
 def _refusal(error: messages.Error) -> RefusedError:
     code = Code(error.code) if error.code in Code._value2member_map_ else Code.INTERNAL
-    return RefusedError(code, error.message, retry_after=error.retry_after, address=error.address, value=error.value)
+    text, address = messages.shown(error.message), messages.shown(error.address)
+    return RefusedError(code, text, retry_after=error.retry_after, address=address, value=error.value)
 
 
 def pick(sessions: list[dict[str, Any]], which: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 REPLAY = "replay"  # output from before this moment: no query passes
 LIVE = "live"  # this terminal belongs to the last typist and may answer
@@ -20,7 +20,7 @@ PASSIVE = "passive"  # another terminal answers: no query passes
 SEQUENCE_HELD_MAX_BYTES = 4_096
 
 # C0 controls that terminals skip inside a sequence (in CSI they execute them); DEL is skipped too.
-_I = rb"[\x00-\x06\x08-\x17\x19\x1c-\x1f\x7f]*+"
+_I = rb"[\x00-\x17\x19\x1c-\x1f\x7f]*+"
 _PARAMETERS = rb"[\x00-\x17\x19\x1c-\x3f\x7f]*+"
 _NUMBER = rb"[\x00-\x06\x08-\x17\x19\x1c-\x1f\x7f0-9]*+"
 # What follows an introducer. Every introducer ends any sequence before it, so sequences never nest.
@@ -32,24 +32,29 @@ _APC = rb"G(?P<keys>[^\x07\x18\x1a\x1b\xc2;]*+)(?=[\x07\x18\x1a\x1b\xc2;])"
 _COMMON = rb"\[(?:[0-9;]*+[mHKJABCDGLMPXd]|\?[0-9;]*+[hl])"
 
 # What replayed output alone needs is compiled when it is first used: the import is on the way to the first answer.
-_FIND_CLIPBOARD = re.compile(rb"\x1b(?!\[)" + _I + rb"(?:(?P<osc>\]" + _OSC + rb")|P(?P<tmux>tmux;))")
+_FIND_CLIPBOARD = re.compile(
+    rb"\x1b(?!\[)" + _I + rb"(?:(?P<osc>\]" + _OSC + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;))"
+)
 _FIND_QUERIES = (
     rb"\x1b(?!" + _COMMON + rb")" + _I + rb"(?:(?P<csi>\[" + _CSI + rb")|(?P<osc>\]" + _OSC + rb")|(?P<decid>Z)"
-    rb"|(?P<dcs>P" + _DCS + rb")|P(?P<tmux>tmux;)|(?P<apc>_" + _APC + rb"))"
+    rb"|(?P<dcs>P" + _DCS + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;)|(?P<apc>_" + _APC + rb"))"
 )
 # The same for output with UTF-8 encoded C1 controls, which xterm, VTE and WezTerm obey as introducers.
 _FIND_C1 = re.compile(rb"\xc2(?:[\x80-\x9f]|\Z)")
 _C1 = (
     rb"(?P<csi>(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _CSI + rb")|(?P<osc>(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _OSC + rb")"
     rb"|(?P<decid>\x1b" + _I + rb"Z|\xc2\x9a)|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _DCS + rb")"
-    rb"|(?P<tmux>(?:\x1b" + _I + rb"P|\xc2\x90)tmux;)|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)" + _APC + rb")"
+    rb"|(?P<tmux>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"tmux;)"
+    rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)" + _APC + rb")"
 )
 _INCOMPLETE = re.compile(
-    rb"(?:\xc2|\x1b" + _I + rb"|(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _PARAMETERS + rb""
-    rb"|(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _NUMBER + rb""
-    rb"|(?:\x1b" + _I + rb"P|\xc2\x90)(?:" + _PARAMETERS + rb"|t|tm|tmu|tmux)"
-    rb"|(?:\x1b" + _I + rb"_|\xc2\x9f)(?:G[^\x07\x18\x1a\x1b\xc2;]*+)?)\Z"
+    rb"(?:(?P<esc>\xc2|\x1b" + _I + rb")|(?P<csi>(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _PARAMETERS + rb")"
+    rb"|(?P<osc>(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _NUMBER + rb")"
+    rb"|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"(?:tmux|tmu|tm|t)?)"
+    rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)(?:G[^\x07\x18\x1a\x1b\xc2;]*+)?))\Z"
 )
+# Where an incomplete sequence that is too long may begin: nothing that follows may begin another one.
+_LONG = re.compile(rb"(?:\x1b|\xc2[\x90\x9b\x9d\x9f])(?=[^\x1b\xc2]{%d})" % (SEQUENCE_HELD_MAX_BYTES - 1))
 _QUERY_CSI = (
     rb"[>=]?[\d:;]*c"  # DA1, DA2, DA3
     rb"|0*[56]n|\?[\d:;]*n"  # DSR, CPR, their private forms
@@ -65,6 +70,9 @@ _QUERY_CSI = (
 _BODY = re.compile(rb"[^\x07\x18\x1a\x1b\xc2]*+(?:\xc2(?![\x80-\x9f]|\Z)[^\x07\x18\x1a\x1b\xc2]*+)*+")
 _STRING_END = re.compile(rb"[\x07\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
 _LONG_STRING_END = re.compile(rb"[\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
+# What ends the rest of an over-long escape or control sequence: its final byte, a cancel, or what begins another.
+_ESC_END = re.compile(rb"[\x18\x1a\x1b\x20-\x7e\x80-\xff]")
+_CSI_END = re.compile(rb"[\x18\x1a\x1b\x40-\x7e\x80-\xff]")
 _CONTROLS = bytes((*range(0x20), 0x7F))
 _PRINTABLES = bytes(byte for byte in range(0x100) if byte not in _CONTROLS)
 
@@ -72,9 +80,15 @@ _CLIPBOARD_NUMBERS = frozenset((52, 5522))
 _QUERY_NUMBERS = frozenset((4, 5, *range(10, 20), 21, 22, 39, 49, 50, 52, 60, 61, 99, 702, 708, 1337, 5522))
 _ITERM_CLIPBOARD = (b"Copy", b"EndCopy")
 _ITERM_QUERIES = (b"ReportCellSize", b"ReportVariable", b"RequestUpload", b"Capabilities")
+_ITERM_KEY_BYTES = max(map(len, (*_ITERM_CLIPBOARD, *_ITERM_QUERIES)))
+_WITH_PAYLOAD = (52, 99, 5522)  # what they are stands before the first semicolon, or right after it
 
 # What the filter is in the middle of.
-_GROUND, _SKIP_OSC, _SKIP_STRING, _SKIP_TMUX = range(4)
+_GROUND, _SKIP_OSC, _SKIP_STRING, _SKIP_TMUX, _SKIP_CSI, _SKIP_ESC = range(6)
+_REST = {"esc": _SKIP_ESC, "csi": _SKIP_CSI, "osc": _SKIP_OSC, "dcs": _SKIP_STRING, "apc": _SKIP_STRING}
+_INTRODUCED = {0x5B: _SKIP_CSI, 0x5D: _SKIP_OSC, 0x50: _SKIP_STRING, 0x58: _SKIP_STRING, 0x5E: _SKIP_STRING,
+               0x5F: _SKIP_STRING}  # fmt: skip
+_ENDS = {_SKIP_OSC: _STRING_END, _SKIP_CSI: _CSI_END, _SKIP_ESC: _ESC_END}
 _PASS, _UNDECIDED = -1, -2
 
 
@@ -83,9 +97,9 @@ class QueryFilter:
 
     `mode` is REPLAY, LIVE or PASSIVE and may be set at any time; `clipboard` lets OSC 52 (and its iTerm2 and kitty
     kin) write, and in live mode read, the clipboard. At most SEQUENCE_HELD_MAX_BYTES of a sequence that is not
-    complete are held back; a longer one passes. Raw 8-bit C1 controls are not looked for: in UTF-8 they are
-    parts of characters. A tmux passthrough (DCS tmux;) is dropped unless the clipboard is opted in and the mode is
-    live, because it can hide either.
+    complete are held back; one that is longer before it tells what it is, is dropped whole. Raw
+    8-bit C1 controls are not looked for: in UTF-8 they are parts of characters. A tmux passthrough (DCS tmux;) is
+    dropped unless the clipboard is opted in and the mode is live, because it can hide either.
     """
 
     __slots__ = ("_held", "_skipping", "clipboard", "mode")
@@ -123,7 +137,17 @@ class QueryFilter:
         kept: list[bytes] = []
         search = _searcher(data, live)
         passed = scanned = self._skip(data, 0) if self._skipping else 0
-        while not self._skipping and (found := search(data, scanned)):
+        long = self._overlong(data, scanned, live)
+        while not self._skipping and ((found := search(data, scanned)) or long):
+            if long and long.start() < scanned:
+                long = self._overlong(data, scanned, live)
+                continue
+            if long and (found is None or long.start() <= found.start()):
+                kept.append(data[passed : long.start()])
+                self._skipping = _REST[long.lastgroup or "esc"]
+                passed = scanned = self._skip(data, long.end())
+                continue
+            assert found is not None  # the loop's condition
             scanned = found.end()
             verdict = self._judge(found, data, live)
             if verdict == _PASS:
@@ -150,9 +174,19 @@ class QueryFilter:
         result = b"".join(kept)
         return result if live else _without_enquiry(result)
 
+    def _overlong(self, data: bytes, start: int, live: bool) -> re.Match[bytes] | None:
+        """Finds a sequence that could still be anything after SEQUENCE_HELD_MAX_BYTES: terminals skip padding."""
+        if len(data) - start <= SEQUENCE_HELD_MAX_BYTES or (live and self.clipboard):
+            return None
+        for begin in _long_starts(data, start):
+            end = begin + SEQUENCE_HELD_MAX_BYTES + 1
+            if end <= len(data) and (found := _INCOMPLETE.match(data, begin, end)):
+                return found
+        return None
+
     def _judge(self, found: re.Match[bytes], data: bytes, live: bool) -> int:
         """Returns _PASS, _UNDECIDED, or what to be in the middle of after dropping the match."""
-        if found.end() - found.start() > SEQUENCE_HELD_MAX_BYTES or (live and self.clipboard):
+        if live and self.clipboard:
             return _PASS
         kind = found.lastgroup
         if live and kind not in ("osc", "tmux"):
@@ -179,11 +213,13 @@ class QueryFilter:
         if number in _CLIPBOARD_NUMBERS and not self.clipboard and data[found.end()] == ord(";"):
             return _SKIP_OSC
         end = _body_end(data, found.end())
-        if end - found.start() > SEQUENCE_HELD_MAX_BYTES:
-            return _PASS
-        if end == len(data) or (data[end] == 0xC2 and end + 1 == len(data)):
+        long = end - found.start() > SEQUENCE_HELD_MAX_BYTES
+        if not long and (end == len(data) or (data[end] == 0xC2 and end + 1 == len(data))):
             return _UNDECIDED
+        end = min(end, found.start() + SEQUENCE_HELD_MAX_BYTES)
         body = data[found.end() : end].translate(None, _CONTROLS).removeprefix(b";")
+        if long and not _tells(number, body):
+            return _SKIP_OSC
         if number == 1337 and not self.clipboard and body.startswith(_ITERM_CLIPBOARD):
             return _SKIP_OSC
         return _SKIP_OSC if not live and _is_query(number, body) else _PASS
@@ -193,9 +229,15 @@ class QueryFilter:
 
         A last byte that needs the next one to be understood is held.
         """
-        ends = _STRING_END if self._skipping == _SKIP_OSC else _LONG_STRING_END
-        while found := ends.search(data, start):
+        while found := _ENDS.get(self._skipping, _LONG_STRING_END).search(data, start):
             position = found.start()
+            if self._skipping in (_SKIP_CSI, _SKIP_ESC):
+                byte, begun = data[position], self._skipping == _SKIP_ESC
+                self._skipping = _INTRODUCED.get(byte, _GROUND) if begun else _GROUND
+                start = position if byte == 0x1B or byte >= 0x80 else position + 1
+                if self._skipping:
+                    continue
+                return start
             two = data[position : position + 2]
             if two in (b"\x1b", b"\xc2"):
                 self._held = two
@@ -216,9 +258,30 @@ def _searcher(data: bytes, live: bool) -> Callable[[bytes, int], re.Match[bytes]
     return _FIND_CLIPBOARD.search if live else re.compile(_FIND_QUERIES).search
 
 
+def _long_starts(data: bytes, start: int) -> Iterator[int]:
+    """Yields where sequences begin that are not interrupted for SEQUENCE_HELD_MAX_BYTES."""
+    if _FIND_C1.search(data):
+        yield from (found.start() for found in _LONG.finditer(data, start))
+        return
+    begin = data.find(b"\x1b", start)
+    while begin >= 0:
+        last = data.rfind(b"\x1b", begin, begin + SEQUENCE_HELD_MAX_BYTES + 1)
+        if last == begin:
+            yield begin
+            last = data.find(b"\x1b", begin + 1)
+        begin = last
+
+
 def _body_end(data: bytes, start: int) -> int:
     found = _BODY.match(data, start, start + SEQUENCE_HELD_MAX_BYTES + 1)
     return found.end() if found else start
+
+
+def _tells(number: int, body: bytes) -> bool:
+    """Says whether the beginning of a long OSC's body is enough to judge it by."""
+    if number == 1337:
+        return len(body) >= _ITERM_KEY_BYTES
+    return number in _WITH_PAYLOAD and bool(body.partition(b";")[2])
 
 
 def _is_query(number: int, body: bytes) -> bool:

@@ -32,6 +32,7 @@ log = logging.getLogger("sterna.node.clients")
 
 _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), int(Type.EOF)
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
+_FAILURES = (Code.DENIED, Code.REVOKED, Code.EXPIRED)
 _RETRY_SECONDS = 0.2
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
@@ -114,7 +115,7 @@ class ClientConnection:
                 session.client_ack(attachment, payload, now)
         elif kind == Type.RESIZE:
             size = messages.unpack(messages.Resize, payload)
-            session.client_resize(attachment, *_cells(size.cols, size.rows))
+            session.client_resize(attachment, *_cells(size.cols, size.rows), now)
         elif kind == Type.SUSPEND:
             lane = attachment.lane
             position = lane.handled if lane is not None else 0
@@ -166,10 +167,10 @@ class ClientConnection:
             self.link.refuse(handle, Code.LIMIT, "Too many sessions on one connection.")
             return
         door, address = self.node.doorkeeper, self.pump.peer
-        if door.blocked(address, now):
-            self._refuse(
-                handle, RefusedError(Code.RATE_LIMITED, "Too many failures from your address.", retry_after=60.0), now
-            )
+        braked = RefusedError(Code.RATE_LIMITED, "Too many failures from your address.", retry_after=60.0)
+        blocked = door.blocked(address, now)
+        if blocked and not door.admits(address, now):
+            self._refuse(handle, braked, now)
             return
         try:
             if kind == Type.CONNECT:
@@ -186,7 +187,8 @@ class ClientConnection:
         except ProtocolError:
             raise
         except SternaError as error:
-            self._refuse(handle, error, now)
+            # The brake is for who fails: others behind the same address have proved themselves above.
+            self._refuse(handle, braked if blocked and error.code in _FAILURES else error, now)
 
     def _prove(self) -> None:
         if not self.proved:
@@ -197,7 +199,7 @@ class ClientConnection:
         more: dict[str, float | int | str | None] = {}
         if isinstance(error, RefusedError):
             more = {"retry_after": error.retry_after, "address": error.address, "value": error.value}
-        if error.code in (Code.DENIED, Code.REVOKED, Code.EXPIRED):
+        if error.code in _FAILURES:
             self.node.doorkeeper.failed(self.pump.peer, now)
             log.warning("access denied", extra={"peer": self.pump.peer, "code": error.code.name})
         if self.proved or error.code in (Code.STALE, Code.SUPERSEDED):
@@ -283,10 +285,10 @@ class ClientConnection:
         if device is not None and device.revoked:
             self.link.refuse(attachment.handle, Code.REVOKED, REVOKED_TEXT)
             return
-        if len(session.attachments) >= limits.ATTACHMENTS_MAX:
-            self.link.refuse(
-                attachment.handle, Code.LIMIT, f"A session has at most {limits.ATTACHMENTS_MAX} attachments."
-            )
+        most = limits.ATTACHMENTS_MAX if attachment.mode == "drive" else limits.WATCHERS_MAX
+        if sum(other.mode == attachment.mode for other in session.attachments.values()) >= most:
+            what = "attachments" if attachment.mode == "drive" else "watchers"
+            self.link.refuse(attachment.handle, Code.LIMIT, f"A session has at most {most} {what}.")
             return
         self.attachments[attachment.handle] = attachment
         if body.displace and attachment.mode == "drive":

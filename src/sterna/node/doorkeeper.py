@@ -72,6 +72,7 @@ class Doorkeeper:
         self._store = store
         self._revoked = store.revoked_tokens()
         self._failures: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._proofs: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._spent: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
         self.denied = 0
 
@@ -81,6 +82,20 @@ class Doorkeeper:
         """Tells whether an address has failed too often within a minute; `now` in monotonic nanoseconds."""
         found = self._failures.get(address)
         return found is not None and now - found[0] < _MINUTE and found[1] >= limits.FAILURES_PER_MINUTE_MAX
+
+    def admits(self, address: str, now: int) -> bool:
+        """Tells whether a proof from a blocked address is checked all the same, PROOFS_PER_SECOND_MAX a second.
+
+        Genuine devices share their address with whoever fails; those failures must not lock them out, and checking
+        them must stay cheap. `now` in monotonic nanoseconds.
+        """
+        since, count = self._proofs.pop(address, (now, 0))
+        if now - since >= SECOND:
+            since, count = now, 0
+        self._proofs[address] = (since, min(count + 1, limits.PROOFS_PER_SECOND_MAX + 1))
+        if len(self._proofs) > _ADDRESSES_MAX:
+            self._proofs.popitem(last=False)
+        return count < limits.PROOFS_PER_SECOND_MAX
 
     def failed(self, address: str, now: int) -> None:
         """Counts a failure of an address."""

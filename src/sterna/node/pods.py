@@ -203,6 +203,7 @@ class PodConnection:
                 self._handles[handle] = session
                 try:
                     self._table.opened(session, Port(self, handle), opened, now)
+                    self.pod.registry.ticker.watch(session)
                 except SternaError:
                     for ready in waiting:
                         ready("The agent's answer made no sense.")

@@ -429,9 +429,9 @@ class Store:
     ) -> None:
         """Remembers an attachment of a session and a device of its tenant; one that is known moves to this session.
 
-        A session keeps ATTACHMENTS_MAX of them: the one longest unused goes, but none of `connected`. A counter that
-        was spent stays spent. Raises RefusedError: `NOT_FOUND` if session or device is unknown, `EXISTS` if the id is
-        another device's.
+        A session keeps ATTACHMENTS_MAX drivers and WATCHERS_MAX watchers: of the same mode, the one longest unused
+        goes, but none of `connected`. A counter that was spent stays spent. Raises RefusedError: `NOT_FOUND` if session
+        or device is unknown, `EXISTS` if the id is another device's.
         """
         row = self._db.one(
             "SELECT d.row, s.agent, s.phase FROM sessions s JOIN devices d ON d.tenant = s.tenant AND d.device = ? "
@@ -451,8 +451,11 @@ class Store:
                 "used = excluded.used",
                 (attachment_id, session, row[0], row[1], int(row[2] > CLOSED_PHASE), mode, exact, now),
             )
-            known = self._db.all("SELECT id FROM attachments WHERE session = ? ORDER BY used", (session,))
-            surplus = len(known) - limits.ATTACHMENTS_MAX
+            # Whoever may only watch must not be able to make the session forget who drives it.
+            known = self._db.all(
+                "SELECT id FROM attachments WHERE session = ? AND mode = ? ORDER BY used", (session, mode)
+            )
+            surplus = len(known) - (limits.ATTACHMENTS_MAX if mode == "drive" else limits.WATCHERS_MAX)
             for (other,) in known:
                 if surplus <= 0:
                     break

@@ -25,6 +25,7 @@ _ENDED_POLL_SECONDS = 0.02
 _EOF_AGAIN_SECONDS = 0.3
 _EOF_AGAIN_MAX_SECONDS = 5.0
 _BACKLOG_MAX_BYTES = 1024 * 1024
+_RESIZE_EVERY_SECONDS = limits.RESIZE_EVERY_MS / 1000
 _EOF = int(Type.EOF)
 _SIGNAL = int(Type.SIGNAL)
 
@@ -33,9 +34,9 @@ class ProgramRunner:
     """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
 
     __slots__ = (
-        "_behind", "_deadline", "_drawing", "_ending", "_eof", "_idle", "_line_start", "_loop", "_over", "_program",
-        "_quiet",
-        "_reading", "_screen", "_server", "_session", "_status", "_waiting", "_writing",
+        "_asked", "_behind", "_deadline", "_drawing", "_ending", "_eof", "_idle", "_line_start", "_loop", "_over",
+        "_program", "_quiet", "_reading", "_reflows", "_resizing", "_screen", "_server", "_session", "_size",
+        "_status", "_waiting", "_writing",
     )  # fmt: skip
 
     def __init__(self, server: PodServer, session: PodSession, program: Program, screen: LazyScreen | None) -> None:
@@ -47,7 +48,11 @@ class ProgramRunner:
         self._waiting: deque[Input] = deque()
         self._writing = False
         self._behind = False
-        self._drawing = 0
+        self._asked: list[tuple[int, bool]] = []
+        self._drawing = False
+        self._reflows = 0
+        self._size = session.cols, session.rows
+        self._resizing: asyncio.TimerHandle | None = None
         self._eof = self._over = False
         self._reading = False
         self._line_start = True
@@ -62,7 +67,8 @@ class ProgramRunner:
     # ---- output ------------------------------------------------------------------------------------------------
 
     def _read_on(self) -> None:
-        if not (self._reading or self._drawing or self._eof) and self._program.read_fd >= 0:
+        held = self._drawing or self._reflows or self._eof or self._over
+        if not (self._reading or held) and self._program.read_fd >= 0:
             self._reading = True
             self._loop.add_reader(self._program.read_fd, self._readable)
 
@@ -248,11 +254,38 @@ class ProgramRunner:
     # ---- size, screen ------------------------------------------------------------------------------------------
 
     def resized(self) -> None:
-        """Sets the terminal's size."""
-        session = self._session
-        self._program.resize(session.cols, session.rows)
-        if self._screen is not None:
-            self._screen.resize(session.cols, session.rows)
+        """Sets the terminal's size: at once, or after a moment if it changed just now; the last one counts."""
+        if self._resizing is None:
+            self._resize()
+
+    def _resize(self) -> None:
+        """Sets the size if it is another one; the screen is laid out anew beside the loop.
+
+        Nothing is read meanwhile: what was read before belongs on the old screen, what the program prints for the new
+        size on the new one.
+        """
+        if self._resizing is not None:
+            self._resizing.cancel()
+            self._resizing = None
+        size, screen = (self._session.cols, self._session.rows), self._screen
+        if size == self._size or self._over:
+            return
+        self._size = size
+        self._program.resize(*size)
+        self._resizing = self._loop.call_later(_RESIZE_EVERY_SECONDS, self._resize_on)
+        if screen is not None:
+            self._reflows += 1
+            self._read_off()
+            self._server.beside(lambda: screen.resize(*size), self._reflowed)
+
+    def _resize_on(self) -> None:
+        self._resizing = None
+        self._resize()
+
+    def _reflowed(self) -> None:
+        self._reflows -= 1
+        if not self._session.starved:
+            self._read_on()
 
     def audience(self) -> None:
         """Lets our own terminal answer only what is asked from now on, if nobody is attached."""
@@ -261,18 +294,30 @@ class ProgramRunner:
 
     def capture(self, token: int, scrollback: bool) -> None:
         """Sends what repaints the screen at the end of the output so far; the program waits until that is drawn."""
-        screen = self._screen
-        if screen is None:
+        if self._screen is None:
             self._session.send_snapshot(token, self._session.out.end, b"", False)
             return
+        self._resize()  # it has to fit who asks
+        self._asked.append((token, scrollback))
+        if not self._drawing:
+            self._draw(self._screen)
+
+    def _draw(self, screen: LazyScreen) -> None:
+        """Draws for the first who asked, and with that for all who asked for the same meanwhile."""
+        scrollback = self._asked[0][1]
+        tokens = [token for token, kind in self._asked if kind is scrollback]
+        self._asked = [asked for asked in self._asked if asked[1] is not scrollback]
         drawn: list[bytes] = []
-        self._drawing += 1
+        self._drawing = True
         self._read_off()
 
         def done() -> None:
-            self._drawing -= 1
-            self._session.send_snapshot(token, self._session.out.end, drawn[0] if drawn else b"", bool(drawn))
-            if not self._drawing and not self._session.starved:
+            self._drawing = False
+            for token in tokens:
+                self._session.send_snapshot(token, self._session.out.end, drawn[0] if drawn else b"", bool(drawn))
+            if self._asked:
+                self._draw(screen)
+            elif not self._session.starved:
                 self._read_on()
 
         self._server.beside(lambda: drawn.append(compress(screen.snapshot(scrollback))), done)
@@ -337,15 +382,17 @@ class ProgramRunner:
 
     def _stop_watching(self) -> None:
         self._read_off()
-        for timer in (self._idle, self._quiet, self._ending):
+        for timer in (self._idle, self._quiet, self._ending, self._resizing):
             if timer is not None:
                 timer.cancel()
-        self._idle = self._quiet = self._ending = None
+        self._idle = self._quiet = self._ending = self._resizing = None
 
     def close(self) -> None:
         """Ends the program, more firmly every few seconds, and lets go of it."""
+        self._over = True
         self._stop_watching()
         self._screen = None
+        self._asked.clear()
         if self._program.pidfd < 0:
             return
         if self._status is None:

@@ -50,8 +50,15 @@ ALT_SCREEN_MODES: Final = (1049, 1047, 47)
 
 _ASCII: Final = b"\x1b(B\x1b)B\x1b*B\x1b+B\x0f"
 _PLAIN: Final = b'\x1b[0m\x1b]8;;\x07\x1b[0"q'
-_CONTROLS: Final = re.compile(rb"[\x00-\x1f\x7f]")
+# C1 controls count in UTF-8 too: some terminals obey them, and a title must not carry sequences to who attaches later.
+_C1: Final = re.compile("[\x80-\x9f]")
+_CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 _GAPS: Final = re.compile("(\0+)")
+
+
+def _clean(text: bytes, controls: re.Pattern[str] = _CONTROLS) -> bytes:
+    """Removes control characters from what a program has said in UTF-8, where a broken sequence may not hide one."""
+    return controls.sub("", text.decode(errors="replace")).encode()
 
 
 class Run:
@@ -163,7 +170,7 @@ class Pen:
 
     def write(self) -> bytes:
         """Returns the sequences that give this pen to a terminal, whatever it had."""
-        return _PLAIN + self.style + self.link + self.protection + _ASCII + self.charsets
+        return _PLAIN + self.style + _clean(self.link, _C1) + self.protection + _ASCII + self.charsets
 
 
 class Cursor:
@@ -256,9 +263,9 @@ def write_snapshot(state: TerminalState) -> bytes:
     out += _modes(state)
     out += state.colors + state.modify_keys
     if state.title:
-        out += b"\x1b]2;" + _CONTROLS.sub(b"", state.title) + b"\x1b\\"
+        out += b"\x1b]2;" + _clean(state.title) + b"\x1b\\"
     if state.pwd:
-        out += b"\x1b]7;" + _CONTROLS.sub(b"", state.pwd) + b"\x1b\\"
+        out += b"\x1b]7;" + _clean(state.pwd) + b"\x1b\\"
     out += b"\x1b[%d q" % active.shape
     out += _repeat(active, state)
     # From here on only what must come last, as margins and origin mode move the cursor.
@@ -394,7 +401,7 @@ class _Brush:
             self.out += b"\x1b[0" + sgr + b"m"
         if run.link != self.link:
             self.link = run.link
-            self.out += b"\x1b]8;;" + run.link + b"\x07"
+            self.out += b"\x1b]8;;" + _clean(run.link) + b"\x07"
         if run.protected is not self.protected:
             self.protected = run.protected
             self.out += b'\x1b[1"q' if run.protected else b'\x1b[0"q'

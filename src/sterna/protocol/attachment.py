@@ -98,17 +98,23 @@ class Attachment:
         self.lane: Lane | None = None
         self.session: Session | None = None
 
+    def rank(self, typist: Attachment | None) -> tuple[bool, bool, int]:
+        """Orders drivers: exact ones first, the slowest of them, then the typist, then who is farthest."""
+        return self.exact, not self.exact and self is typist, -self.cursor if self.exact else self.cursor
+
 
 class Capture:
-    """A snapshot that the pod was asked for: who gets it, and how many `parts` came.
+    """A snapshot that the pod was asked for: who gets it (nobody, once they have left), and how many `parts` came.
 
-    An `extra` one stands for nothing that is lost: it is shown at its place in the output, or not at all.
+    `size` is the terminal's when it was asked for, in cells. An `extra` one stands for nothing that is lost: it is
+    shown at its place in the output, or not at all.
     """
 
-    __slots__ = ("attachment", "extra", "parts")
+    __slots__ = ("attachments", "extra", "parts", "size")
 
-    def __init__(self, attachment: Attachment, *, extra: bool) -> None:
-        self.attachment = attachment
+    def __init__(self, attachments: list[Attachment], size: tuple[int, int], *, extra: bool) -> None:
+        self.attachments = attachments
+        self.size = size
         self.extra = extra
         self.parts = 0
 

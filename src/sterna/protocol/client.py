@@ -196,9 +196,9 @@ class Saved:
 
 
 class _Connection:
-    """One connection: its link, and what was asked on it (`asked` is when, -1 before)."""
+    """One connection: its link, what was asked on it (`asked` is when, -1 before), and the `size` that was told."""
 
-    __slots__ = ("asked", "established", "handle", "link", "number")
+    __slots__ = ("asked", "established", "handle", "link", "number", "size")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -206,6 +206,7 @@ class _Connection:
         self.handle = 0
         self.asked = -1
         self.established = False
+        self.size = (0, 0)
 
 
 class ClientMachine:
@@ -514,6 +515,7 @@ class ClientMachine:
         connection.handle += 1
         connection.asked = now
         body = self._connect_body
+        connection.size = (self.cols, self.rows) if self.uid else (body.cols, body.rows)
         if not self.uid:
             self._send_signed(connection, Type.CONNECT, messages.CONTEXT_CONNECT, messages.pack(body))
             return
@@ -539,6 +541,9 @@ class ClientMachine:
         for other in list(self._connections.values()):
             if other is not connection:
                 self._drop(other)
+        if (self.cols, self.rows) != connection.size:
+            # Changed since it was asked: what was said of that on the connection before may never arrive.
+            self.resize(self.cols, self.rows)
         self._vitals.renewed(now)
         if self._race.running:
             self._race.end()
@@ -571,14 +576,14 @@ class ClientMachine:
             self._session_frame(connection, kind, seq, payload, now)
         elif handle == connection.handle and handle:
             if kind == Type.ACCEPT:
-                self._accepted(connection, messages.unpack(Accept, payload), now)
+                self._accepted(connection, messages.unpack_shown(Accept, payload), now)
             elif kind == Type.RESUMED:
                 self._resumed(connection, messages.unpack(Resumed, payload), now)
             elif kind == Type.CLOSE:
                 self._take_over(connection, now)
-                self._close(messages.unpack(Close, payload))
+                self._close(messages.unpack_shown(Close, payload))
             elif kind == Type.ERROR:
-                self._refused(connection, messages.unpack(messages.Error, payload), now)
+                self._refused(connection, messages.unpack_shown(messages.Error, payload), now)
         elif handle == 0:
             self._connection_frame(connection, kind, payload, now)
 
@@ -591,7 +596,7 @@ class ClientMachine:
                 if connection is self._active and self._race.running and not self._asking():
                     self._well(int.from_bytes(payload, "big"))
         elif kind == Type.ERROR:
-            error = messages.unpack(messages.Error, payload)
+            error = messages.unpack_shown(messages.Error, payload)
             self._drop(connection)
             if connection is self._active:
                 self._active = None
@@ -632,13 +637,13 @@ class ClientMachine:
         elif kind == Type.SNAPSHOT:
             self._snapshot(messages.unpack(messages.Snapshot, payload))
         elif kind == Type.CLOSE:
-            self._close(messages.unpack(Close, payload))
+            self._close(messages.unpack_shown(Close, payload))
         elif kind == Type.SUSPEND:
             if self._leaving:
                 self._drop(connection)
                 self._finish(Suspended())
         elif kind == Type.EVENT:
-            event = messages.unpack(messages.Event, payload)
+            event = messages.unpack_shown(messages.Event, payload)
             if event.kind == "uncertain" and event.start is not None and event.end is not None:
                 self._events.append(Uncertain(event.start, event.end))
             else:
@@ -646,7 +651,7 @@ class ClientMachine:
         elif kind == Type.ERROR:
             self._active = None
             connection.asked = -1
-            self._refused(connection, messages.unpack(messages.Error, payload), now)
+            self._refused(connection, messages.unpack_shown(messages.Error, payload), now)
 
     def _accepted(self, connection: _Connection, accept: Accept, now: int) -> None:
         self.uid, self.log, self.epoch = accept.uid, accept.log, accept.epoch

@@ -8,6 +8,7 @@ import msgspec
 
 from sterna import limits
 from sterna.errors import Code, ProtocolError
+from sterna.ids import clean_label
 from sterna.protocol.frame import Type
 
 VERSION = 1
@@ -352,7 +353,27 @@ def unpack(shape: type[M], payload: bytes | msgspec.Raw) -> M:
     try:
         return decoder.decode(payload)  # type: ignore[no-any-return]  # the cache forgets which shape a decoder has
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(Code.BAD_PAYLOAD, f"a {shape.__name__} payload is not valid: {error}") from None
+        reason = clean_label(str(error), limits.TEXT_SHOWN_MAX_CHARS)
+        raise ProtocolError(Code.BAD_PAYLOAD, f"a {shape.__name__} payload is not valid: {reason}") from None
+
+
+def unpack_shown(shape: type[M], payload: bytes | msgspec.Raw) -> M:
+    """Returns the payload as `unpack` does, with texts that may be shown on a terminal, whoever sent them."""
+    message = unpack(shape, payload)
+    texts = {name: value for name in shape.__struct_fields__ if (value := getattr(message, name)).__class__ is str}  # type: ignore[attr-defined]  # every payload is a Struct
+    changes = {name: new for name, text in texts.items() if (new := shown(text)) != text}
+    return msgspec.structs.replace(message, **changes) if changes else message  # type: ignore[type-var]  # as above
+
+
+def shown(value: Any) -> Any:
+    """Returns a plain value with all texts in it as they may be shown: printable characters only, of bounded length."""
+    if isinstance(value, str):
+        return clean_label(value, limits.TEXT_SHOWN_MAX_CHARS)
+    if isinstance(value, list):
+        return [shown(item) for item in value]
+    if isinstance(value, dict):
+        return {shown(key): shown(item) for key, item in value.items()}
+    return value
 
 
 def error(

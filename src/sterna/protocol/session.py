@@ -17,7 +17,7 @@ from sterna.protocol.frame import Type, expand
 from sterna.protocol.messages import Kind, LaneState, Lost
 from sterna.protocol.states import Cause, State, step
 from sterna.protocol.stream import Intake
-from sterna.units import SECOND
+from sterna.units import MILLISECOND, SECOND
 
 _DATA = int(Type.DATA)
 _ACK = int(Type.ACK)
@@ -25,6 +25,8 @@ _SIGNAL = int(Type.SIGNAL)
 _STILL = limits.STILL_SECONDS * SECOND
 _HELD_BYTES = limits.RING_BYTES // 2
 _NEVER = 1 << 63
+_RESIZE_EVERY = limits.RESIZE_EVERY_MS * MILLISECOND
+_REPAINT_EVERY = limits.REPAINT_EVERY_MS * MILLISECOND
 _PARTS_MAX = limits.SNAPSHOT_MAX_BYTES // limits.SNAPSHOT_PART_BYTES + 1
 
 
@@ -37,9 +39,10 @@ class Session:
     """
 
     __slots__ = (
-        "_away", "_captures", "_read", "_token", "agent", "attachments", "cols", "ended", "epoch", "events", "final",
-        "holding", "id", "intake", "kind", "lanes", "lanes_known", "log", "log_id", "name", "overwrite", "port",
-        "read_to", "rows", "spare", "state", "tenant", "typist", "uid",
+        "_away", "_captures", "_read", "_repaint", "_repaint_at", "_resize_at", "_token", "_wanted", "agent",
+        "attachments", "cols", "ended", "epoch", "events", "final", "holding", "id", "intake", "kind", "lanes",
+        "lanes_known", "log", "log_id", "name", "overwrite", "port", "read_to", "rows", "spare", "state", "tenant",
+        "typist", "uid",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +85,9 @@ class Session:
         self._captures: dict[int, Capture] = {}
         self._away: dict[AttachmentId, tuple[int, int]] = {}  # exact drivers without a connection: position, since when
         self._token = 0
+        self._wanted: tuple[int, int] | None = None  # a size that the pod has not been told yet
+        self._resize_at = self._repaint_at = 0  # when the next one may be told, and the next extra picture be asked for
+        self._repaint = False
         self._read = False  # a driver has had all output and the end
 
     # ---- the pod -----------------------------------------------------------------------------------------------
@@ -109,6 +115,7 @@ class Session:
         self.state = step(self.state, Cause.OPENED)
         if self.attachments:
             self.state = step(self.state, Cause.ATTACHED)
+        self._resize(now)
         for attachment in list(self.attachments.values()):
             if attachment.lane is not None and attachment.lane.id not in known:
                 self._lane_truth(attachment.lane, 0)
@@ -133,7 +140,7 @@ class Session:
             attachment.link.send(_ACK, attachment.handle, handled, handled.to_bytes(8, "big"))
         lane.handled = lane.next = handled
         lane.handle = 0
-        if attachment is not None and attachment.mode == "drive":
+        if attachment is not None:
             self._open_lane(lane)
 
     def pod_gone(self) -> None:
@@ -144,6 +151,8 @@ class Session:
             lane.handle = 0
         # Who waits for a snapshot goes on waiting: it is asked for again when the pod is back.
         self._captures.clear()
+        if self._wanted is None and self.cols and self.rows:
+            self._wanted = self.cols, self.rows  # the last RESIZE may be lost with the connection
 
     def pod_data(self, seq: int, payload: bytes, now: int) -> None:
         """Takes output: journal first, then the clients, then the acknowledgement to the pod."""
@@ -193,7 +202,7 @@ class Session:
             attachment.link.send(_ACK, attachment.handle, position, payload)
 
     def pod_snapshot(self, part: messages.Snapshot, now: int) -> None:
-        """Passes one part of a snapshot on to the attachment that waits for it."""
+        """Passes one part of a snapshot on to the attachments that wait for it."""
         if part.token == 0:
             self._take_final(part)
             return
@@ -203,29 +212,31 @@ class Session:
         if part.part != capture.parts or part.part >= _PARTS_MAX or part.position > self.log.end:
             raise ProtocolError(Code.BAD_PAYLOAD, "the parts of a snapshot are out of order, too many, or too early")
         capture.parts += 1
-        attachment = capture.attachment
-        if capture.extra and (attachment.waiting or attachment.cursor != part.position):
-            # It has fallen behind and gets a whole one, or sees for itself what the program draws.
-            del self._captures[part.token]
-            return
-        lost = None
-        if part.part == 0 and attachment.lost is not None:
-            lost = Lost(attachment.lost.start, max(part.position, attachment.lost.start))
-        attachment.link.send_message(
-            Type.SNAPSHOT,
-            attachment.handle,
-            messages.Snapshot(part.position, part.part, part.last, part.zstd, part.data, lost),
-        )
+        if capture.extra:
+            # Who has fallen behind gets a whole one, or sees for itself what the program draws.
+            capture.attachments = [a for a in capture.attachments if not a.waiting and a.cursor == part.position]
+        for attachment in capture.attachments:
+            lost = None
+            if part.part == 0 and attachment.lost is not None:
+                lost = Lost(attachment.lost.start, max(part.position, attachment.lost.start))
+            sent = messages.Snapshot(part.position, part.part, part.last, part.zstd, part.data, lost)
+            attachment.link.send_message(Type.SNAPSHOT, attachment.handle, sent)
         if part.last:
             del self._captures[part.token]
-            if capture.extra:
-                return
+            if not capture.extra:
+                self._captured(capture.attachments, part.position, now)
+
+    def _captured(self, attachments: list[Attachment], position: int, now: int) -> None:
+        """Lets output flow again to who has a whole snapshot."""
+        for attachment in attachments:
             attachment.waiting = False
             attachment.lost = None
-            attachment.cursor = attachment.acked = max(part.position, attachment.cursor)
+            attachment.cursor = attachment.acked = max(position, attachment.cursor)
             attachment.progress = now
+        for attachment in attachments:
             self.push(attachment, now)
-            self.pace(now)
+        self._capture_waiting()
+        self.pace(now)
 
     def _take_final(self, part: messages.Snapshot) -> None:
         """Collects the last screen of a program that ended, for who attaches later."""
@@ -289,13 +300,13 @@ class Session:
         attachment.cursor = attachment.acked = start
         accept = messages.Accept(
             uid=self.uid, log=self.log_id, kind=self.kind, epoch=self.epoch, node=node, name=self.name,
-            agent=self.agent, output=start, input=lane.handled, window=attachment.window,
+            agent=self.agent, output=start, input=lane.handled if lane is not None else 0, window=attachment.window,
             keepalive=limits.KEEPALIVE_SECONDS, created=created, snapshot=snapshot, mode=attachment.mode,
             state=self.state.value, head=log.end,
         )  # fmt: skip
         attachment.link.send_message(Type.ACCEPT, attachment.handle, accept)
         if attachment.mode == "drive" and attachment.answers:
-            self._typing(attachment)  # before the picture is taken: it has to fit who comes
+            self._typing(attachment, now)  # before the picture is taken: it has to fit who comes
         if final:
             self._send_final(attachment)
         elif snapshot:
@@ -312,7 +323,7 @@ class Session:
 
     def resume(self, attachment: Attachment, body: messages.ResumeBody, now: int) -> None:
         """Brings an attachment back after its proof was checked; the connection it had is displaced now."""
-        unknown = attachment.id not in self.lanes
+        unknown = attachment.mode == "drive" and attachment.id not in self.lanes
         gone = unknown and self.ended is not None
         lane = self._join(attachment, now, body.sent if unknown and not gone else 0)
         log, output = self.log, body.output
@@ -326,20 +337,22 @@ class Session:
         if lost is None and body.handled is not None:
             attachment.acked = min(body.handled, output)
         attachment.lost = lost if snapshot else None
+        position = None if gone else lane.handled if lane is not None else 0
         resumed = messages.Resumed(
-            epoch=self.epoch, log=self.log_id, output=output, input=None if gone else lane.handled, lost=lost,
+            epoch=self.epoch, log=self.log_id, output=output, input=position, lost=lost,
             snapshot=snapshot, state=self.state.value, head=log.end, forgotten=unknown and not gone,
         )  # fmt: skip
         attachment.link.send_message(Type.RESUMED, attachment.handle, resumed)
-        lane.next = max(lane.handled, lane.next)
+        if lane is not None:
+            lane.next = max(lane.handled, lane.next)
         if snapshot:
             self._capture(attachment)
         self._settle(attachment, now)
 
-    def _join(self, attachment: Attachment, now: int, start: int = 0) -> Lane:
-        """Registers an attachment and opens its lane at the pod; the connection it had is displaced.
+    def _join(self, attachment: Attachment, now: int, start: int = 0) -> Lane | None:
+        """Registers an attachment and opens a driver's lane at the pod; the connection it had is displaced.
 
-        A lane that nobody knows begins at input position `start`.
+        A lane that nobody knows begins at input position `start`. A watcher has none: it must not cost a driver its.
         """
         old = self.attachments.get(attachment.id)
         if old is not None:
@@ -348,8 +361,10 @@ class Session:
         attachment.session = self
         attachment.progress = now
         self._away.pop(attachment.id, None)
-        if attachment.mode == "drive":
-            self.holding = attachment.exact
+        self.state = step(self.state, Cause.ATTACHED)
+        if attachment.mode != "drive":
+            return None
+        self.holding = attachment.exact
         lane = self.lanes.get(attachment.id)
         if lane is None:
             if len(self.lanes) >= limits.LANES_MAX:
@@ -363,9 +378,8 @@ class Session:
         lane.used = now
         lane.attachment = attachment
         attachment.lane = lane
-        if self.port is not None and not lane.handle and attachment.mode == "drive":
+        if self.port is not None and not lane.handle:
             self._open_lane(lane)
-        self.state = step(self.state, Cause.ATTACHED)
         return lane
 
     def _open_lane(self, lane: Lane) -> None:
@@ -379,7 +393,7 @@ class Session:
         fed.
         """
         if attachment.mode == "drive" and attachment.answers and self.typist is not attachment:
-            self._typing(attachment)
+            self._typing(attachment, now)
         self._audience()
         self._announce("joined", attachment)
         self.push(attachment, now)
@@ -404,8 +418,10 @@ class Session:
         self._note_read(attachment)
         if attachment.lane is not None and attachment.lane.attachment is attachment:
             attachment.lane.attachment = None
-        for token in [t for t, capture in self._captures.items() if capture.attachment is attachment]:
-            del self._captures[token]
+        # What is drawn already still comes: it serves who joins until then, or is dropped.
+        for capture in self._captures.values():
+            if attachment in capture.attachments:
+                capture.attachments.remove(attachment)
         if self.typist is attachment:
             self.typist = None
 
@@ -468,7 +484,7 @@ class Session:
             position = lane.next
             size = len(payload)
         if self.typist is not attachment and attachment.answers:
-            self._typing(attachment)
+            self._typing(attachment, now)
         lane.next = position + size
         port.link.send(kind, lane.handle, position, payload)
         ack = self.intake.acknowledgement(now, True)
@@ -479,9 +495,8 @@ class Session:
         """Notes what a client has handled, which opens its window and, if it paces, the agent's."""
         position = int.from_bytes(payload, "big")
         if position > attachment.cursor:
-            self.drop(
-                attachment, Code.PROTOCOL, f"Output {position} was acknowledged but only {attachment.cursor} sent.", now
-            )
+            reason = f"Output {position} was acknowledged but only {attachment.cursor} sent."
+            self.drop(attachment, Code.PROTOCOL, reason, now)
             return
         if position <= attachment.acked:
             return
@@ -499,12 +514,12 @@ class Session:
             self.read_to = attachment.acked
             self.log.keep_from(self.read_to)
 
-    def client_resize(self, attachment: Attachment, cols: int, rows: int) -> None:
+    def client_resize(self, attachment: Attachment, cols: int, rows: int, now: int) -> None:
         """Notes a terminal's size; the last typist's is the program's."""
         attachment.cols, attachment.rows = cols, rows
         if attachment.mode == "drive" and (self.typist is attachment or self.typist is None):
             self.typist = attachment
-            self._size(attachment)
+            self._size(attachment, now)
 
     def client_close(self, attachment: Attachment, now: int) -> None:
         """Takes CLOSE: the end of a living session, or the receipt for the CLOSE of an ended one."""
@@ -598,13 +613,28 @@ class Session:
     def _can_capture(self) -> bool:
         return self.port is not None and self.ended is None and "snapshot" in self.port.features
 
-    def _capture(self, attachment: Attachment, *, extra: bool = False) -> None:
+    def _capture(self, attachment: Attachment) -> None:
+        """Holds an attachment's output back until it has been sent a snapshot."""
+        attachment.waiting = True
+        self._capture_waiting()
+
+    def _capture_waiting(self) -> None:
+        """Asks for the snapshot that attachments wait for: one at a time, which serves all who wait until it comes."""
+        if self._wanted is not None or not self._can_capture():
+            return  # it will be asked for after the size that it has to fit, or by the next connection to the pod
+        waiting = [attachment for attachment in self.attachments.values() if attachment.waiting]
+        current = next((capture for capture in self._captures.values() if not capture.extra), None)
+        if current is None:
+            self._ask(waiting, extra=False)
+        elif not current.parts and current.size == (self.cols, self.rows):
+            current.attachments = waiting
+
+    def _ask(self, attachments: list[Attachment], *, extra: bool) -> None:
         port = self.port
-        assert port is not None
-        self._token += 1
-        self._captures[self._token] = Capture(attachment, extra=extra)
-        attachment.waiting |= not extra
-        port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token, not extra))
+        if port is not None and attachments:
+            self._token += 1
+            self._captures[self._token] = Capture(attachments, (self.cols, self.rows), extra=extra)
+            port.link.send_message(Type.CAPTURE, port.handle, messages.Capture(self._token, not extra))
 
     def _farewell(self) -> messages.Close:
         ended = self.ended
@@ -621,7 +651,7 @@ class Session:
         for attachment in self.attachments.values():
             if attachment.mode != "drive" or attachment.laggard or attachment.waiting:
                 continue
-            if best is None or _rank(attachment, self.typist) > _rank(best, self.typist):
+            if best is None or attachment.rank(self.typist) > best.rank(self.typist):
                 best = attachment
         return best
 
@@ -659,16 +689,19 @@ class Session:
         if self.port is None:
             return None
         due = self.intake.timeout()
+        times = [_NEVER if due is None else due]
+        if self._wanted is not None:
+            times.append(self._resize_at)
+        if self._repaint and self._can_capture():
+            times.append(self._repaint_at)
         drivers = self._drivers()
         if drivers:
             leader = self.pacer()
-            times = [since + _STILL for _, since in self._away.values()]
+            times += [since + _STILL for _, since in self._away.values()]
             if leader is not None:
                 times.append(self._still_at(leader, drivers))
-            soonest = min(times, default=_NEVER)
-            if soonest < _NEVER:
-                due = soonest if due is None else min(due, soonest)
-        return due
+        soonest = min(times)
+        return soonest if soonest < _NEVER else None
 
     def _drivers(self) -> int:
         return sum(1 for attachment in self.attachments.values() if attachment.mode == "drive")
@@ -683,33 +716,60 @@ class Session:
         return leader.progress + _STILL
 
     def handle_timeout(self, now: int) -> None:
-        """Does what is due: a lazy acknowledgement, or a driver that stands still loses the pace."""
+        """Does what is due: a lazy acknowledgement, a size, or a driver that stands still loses the pace."""
+        self._resize(now)
         self.pace(now)
 
     # ---- presence, size ----------------------------------------------------------------------------------------
 
-    def _typing(self, attachment: Attachment) -> None:
+    def _typing(self, attachment: Attachment, now: int) -> None:
         self.typist = attachment
-        self._size(attachment)
+        self._size(attachment, now)
         terminals = [other for other in self.attachments.values() if other.answers]
         if len(terminals) > 1:
             for other in terminals:
                 event = messages.Event("typist", count=int(other is attachment))
                 other.link.send_message(Type.EVENT, other.handle, event)
 
-    def _size(self, attachment: Attachment) -> None:
-        port = self.port
-        if port is None or not attachment.cols or not attachment.rows:
+    def _size(self, attachment: Attachment, now: int) -> None:
+        if attachment.cols and attachment.rows:
+            self._wanted = attachment.cols, attachment.rows
+            self._resize(now)
+
+    def _resize(self, now: int) -> None:
+        """Tells the pod the last size that was wanted and not yet told, one every RESIZE_EVERY_MS at most."""
+        port, wanted = self.port, self._wanted
+        if port is None:
             return
-        changed = (self.cols, self.rows) != (attachment.cols, attachment.rows)
-        self.cols, self.rows = attachment.cols, attachment.rows
-        port.link.send_message(Type.RESIZE, port.handle, messages.Resize(attachment.cols, attachment.rows))
-        if changed and self._can_capture():
-            # On terminals of another size the old picture would stay around, or under, the new one.
-            for other in self.attachments.values():
-                fits = (other.cols, other.rows) == (self.cols, self.rows)
-                if not fits and other.answers and not other.waiting and other.cursor >= self.log.end:
-                    self._capture(other, extra=True)
+        if wanted is not None and (wanted == (self.cols, self.rows) or now >= self._resize_at):
+            self._wanted = None
+            if wanted != (self.cols, self.rows):
+                self.cols, self.rows = wanted
+                self._resize_at = now + _RESIZE_EVERY
+                self._repaint = True
+                port.link.send_message(Type.RESIZE, port.handle, messages.Resize(*wanted))
+            self._capture_waiting()
+        if self._repaint and now >= self._repaint_at and self._can_capture():
+            self._repaint_others(now)
+
+    def _repaint_others(self, now: int) -> None:
+        """Repaints terminals of another size: the old picture would stay around, or under, the new one.
+
+        One drawing is under way at most, and one is begun every REPAINT_EVERY_MS: the last size is always shown.
+        """
+        size = self.cols, self.rows
+        others = [
+            other for other in self.attachments.values()
+            if (other.cols, other.rows) != size and other.answers and not other.waiting
+            and other.cursor >= self.log.end
+        ]  # fmt: skip
+        if any(capture.extra for capture in self._captures.values()):
+            self._repaint_at = now + _REPAINT_EVERY
+            return
+        self._repaint = False
+        if others:
+            self._repaint_at = now + _REPAINT_EVERY
+            self._ask(others, extra=True)
 
     def _audience(self) -> None:
         port = self.port
@@ -738,12 +798,3 @@ def _is_signal(payload: bytes) -> bool:
     except ProtocolError:
         return False
     return True
-
-
-def _rank(attachment: Attachment, typist: Attachment | None) -> tuple[bool, bool, int]:
-    """Orders drivers: exact ones first, the slowest of them, then the typist, then who is farthest."""
-    return (
-        attachment.exact,
-        not attachment.exact and attachment is typist,
-        -attachment.cursor if attachment.exact else attachment.cursor,
-    )
