@@ -80,6 +80,7 @@ def test_output_without_queries_is_exact(data: bytes, cuts: list[int], mode: str
 
 
 @given(data=OUTPUT, cuts=CUTS)
+@example(data=b"\x1b[>1u\x0e", cuts=[6])
 def test_mode_tracker(data: bytes, cuts: list[int]) -> None:
     whole, parts = ModeTracker(), ModeTracker()
     whole.feed(data)

@@ -155,7 +155,7 @@ class ModeTracker:
         last = -1
         for found in (re.compile(_SHIFTS_AND_MODES) if shifts else _FIND_MODES).finditer(data):
             self._note(found)
-            last = found.start()
+            last = max(last, data.find(b"\x1b", found.start(), found.end()))  # a shift is no sequence
         start = data.rfind(b"\x1b", max(0, len(data) - SEQUENCE_CARRIED_MAX_BYTES))
         if start >= 0 and start != last:
             self._carried = data[start:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,6 @@ _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), in
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
 _FAILURES = (Code.DENIED, Code.REVOKED, Code.EXPIRED)
 _RETRY_SECONDS = 0.2
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
 class ClientConnection:
@@ -442,7 +440,3 @@ def _check_start(body: ConnectBody) -> None:
         raise RefusedError(Code.TOO_LARGE, "The command is too long.")
     if len(body.env) > limits.ENV_MAX or sum(len(k) + len(v) for k, v in body.env.items()) > limits.ARGV_MAX_BYTES:
         raise RefusedError(Code.TOO_LARGE, "There are too many variables.")
-    if any(_VARIABLE.fullmatch(name) is None or "\0" in value for name, value in body.env.items()):
-        raise RefusedError(Code.BAD_REQUEST, "A variable has a name or a value that no program can be given.")
-    if not body.term.isprintable():
-        raise RefusedError(Code.BAD_REQUEST, "The terminal's type is not a name.")
