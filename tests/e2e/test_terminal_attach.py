@@ -18,7 +18,15 @@ import pytest
 
 from tests.e2e.rig import Rig, wait_for
 from tests.e2e.screens import (
-    HERE, Pane, Tmux, assert_never_same, assert_same, assert_shows, attach_words, child_of, second_device,
+    HERE,
+    Pane,
+    Tmux,
+    assert_never_same,
+    assert_same,
+    assert_shows,
+    attach_words,
+    child_of,
+    second_device,
 )  # fmt: skip
 
 pytestmark = [

@@ -255,6 +255,7 @@ class ClientMachine:
         self._suspected = 0
         self._started = now
         self._leaving = False
+        self._resuming = False  # a RESUME went out that may still displace the active connection
         self._ended = False
         self._full = False
         self._vitals = Vitals(now)
@@ -337,6 +338,7 @@ class ClientMachine:
                 return
             self._race.failed(now, True)
             self._ask_next(now)
+            self._look_on(now)
 
     def receive(self, number: int, data: bytes | memoryview, now: int) -> None:
         """Takes bytes of a connection."""
@@ -409,6 +411,9 @@ class ClientMachine:
         if connection is None:
             self._finish(Suspended())
             return
+        for other in [c for c in self._connections.values() if c is not connection]:
+            self._drop(other)
+        self._race.end()
         self._acknowledge(now, True)
         connection.link.send_message(Type.SUSPEND, connection.handle, messages.Suspend(self.intake.handled))
         connection.asked = now
@@ -487,6 +492,12 @@ class ClientMachine:
         self._drop(connection)
         self._race_id = b""
         self._ask_next(now)
+        self._look_on(now)
+
+    def _look_on(self, now: int) -> None:
+        """Begins to race if an answer did not come outside of a race (a RESUME that followed `resync`)."""
+        if self.uid and self._active is None and not self._race.running and not self._asking():
+            self._suspect(now, "no answer")
 
     def _dial_due(self, now: int) -> None:
         """Begins the connections that the race wants now; the oldest unestablished one makes room."""
@@ -519,6 +530,7 @@ class ClientMachine:
         if not self.uid:
             self._send_signed(connection, Type.CONNECT, messages.CONTEXT_CONNECT, messages.pack(body))
             return
+        self._resuming = True
         if not self._race_id:
             self._race_id = self._random(16)
         resume = ResumeBody(
@@ -537,6 +549,7 @@ class ClientMachine:
         """Makes a connection the active one; all others end."""
         connection.asked = -1
         self._active = connection
+        self._resuming = False
         self._race_id = b""
         for other in list(self._connections.values()):
             if other is not connection:
@@ -551,6 +564,10 @@ class ClientMachine:
 
     def _suspect(self, now: int, reason: str) -> None:
         """Begins to race new connections; the old one, if there is one, stays until another is RESUMED."""
+        if self._leaving:
+            if self._active is None:
+                self._finish(Suspended())
+            return
         if not self._race.running:
             self._race_id = b""
             self._suspected = now
@@ -663,11 +680,13 @@ class ClientMachine:
 
     def _resumed(self, connection: _Connection, resumed: Resumed, now: int) -> None:
         self._take_over(connection, now)
+        # The connection that was left may have brought output since RESUME was sent: that is neither lost nor new.
+        ahead = resumed.log == self.log and resumed.output <= self.intake.next <= resumed.head
         self.epoch, self.log = resumed.epoch, resumed.log
         self._replay_until = resumed.head
-        if resumed.lost is not None and not resumed.snapshot:
+        if not ahead and resumed.lost is not None and not resumed.snapshot:
             self._gap(resumed.lost, resumed.output)
-        elif resumed.output != self.intake.next:
+        elif not ahead:
             self.intake.skip(resumed.output)
         self.intake.told(self.intake.handled)
         if self._rejoining:
@@ -717,13 +736,17 @@ class ClientMachine:
             self._raise_counter(error.value)
             self._race_id = b""
             self._ask(connection, now)
+        elif code == Code.RESYNC and self.uid and connection.asked < 0 and self._asking():
+            self._drop(connection)  # what was asked on another connection is a RESUME already: two displace each other
         elif code == Code.RESYNC and self.uid:
             self._race_id = b""
             self._ask(connection, now)
-        elif code == Code.DISPLACED and self._race.running:
+        elif code == Code.DISPLACED and (self._race.running or self._resuming):
             # Our own RESUME on another connection did that; its answer comes there, perhaps later than this.
             self._drop(connection)
-            if not self._asking():
+            if not self._race.running:
+                self._suspect(now, error.message)
+            elif not self._asking():
                 self._ask_next(now)
         elif code == Code.SUPERSEDED:
             self._drop(connection)
