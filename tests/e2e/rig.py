@@ -213,7 +213,9 @@ class Rig:
         self._proxies: list[CutProxy] = []
         self.sockets.mkdir(mode=0o700, parents=True)
         self.state.chmod(0o700)
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("STERNA_", "XDG_", "PYTHON"))}
+        keep = {
+            k: v for k, v in os.environ.items() if not k.startswith(("STERNA_", "XDG_", "PYTHON", "COLUMNS", "LINES"))
+        }
         self.env = {
             **keep,
             "PYTHONPATH": os.fspath(SOURCE),

@@ -134,5 +134,5 @@ def test_every_byte_arrives_once_while_the_client_is_killed() -> None:
 
 @pytest.mark.timeout(120)
 def test_control_a_client_that_acknowledges_before_it_writes_is_caught() -> None:
-    fault, _, _ = kill_clients(10, 4, broken="early", seconds=15.0)
-    assert fault != ""
+    # It loses something only if it is killed between the two: one of a few runs has to show it.
+    assert any(kill_clients(10, 6, broken="early", seconds=15.0)[0] for _ in range(6))

@@ -95,16 +95,9 @@ class Twins:
             pane.paste(text)
 
     def resize(self) -> None:
-        """Changes the terminal's size some times, to 90 times 30 at last.
-
-        With one device only: the other one would get pictures of its own while their sizes differ.
-        """
-        for pane in self.attached[1:]:
-            pane.close()
-        self.attached[1:] = []
-        self.typist = self.attached[0]
+        """Changes the terminal's size some times; at last it is as before, as tmux else shifts its other screen."""
         sizes = [(self.rng.randrange(60, 140), self.rng.randrange(12, 50)) for _ in range(2)]
-        for cols, rows in (*sizes, (90, 30)):
+        for cols, rows in (*sizes, (80, 24)):
             for pane in (self.plain, *self.attached):
                 pane.resize(cols, rows)
             for pane in (self.plain, *self.attached):
@@ -118,15 +111,22 @@ class Twins:
         assert_same(*self.attached, self.plain)
         self.typist = self.rng.choice(self.attached)
 
+    def alone(self) -> None:
+        """Leaves one device: the other one would get pictures of its own while their sizes differ."""
+        for pane in self.attached[1:]:
+            pane.close()
+        self.attached[1:] = []
+        self.typist = self.attached[0]
+
+    def ready(self) -> None:
+        """Waits for the shell's prompt."""
+        self.expect(r"^\$ *\n*\Z")
+
     def fresh(self) -> None:
         """Closes all terminals of the session and attaches new ones, which a snapshot paints."""
         for pane in self.attached:
             pane.close()
-        cols, rows = int(self.plain.about("pane_width")), int(self.plain.about("pane_height"))
         self.attached = [self.attach(), self.attach(second=True)]
-        for pane in self.attached:
-            pane.resize(cols, rows)
-            pane.resized()
         self.typist = self.attached[0]
 
     def close(self) -> None:
@@ -136,9 +136,11 @@ class Twins:
 
 def bash(twins: Twins, work: Path) -> None:
     twins.line(r"printf '\e[31mred \e[1;4;38;5;208mbold\e[48;2;10;20;30m deep \e[0;7;9mback\e[m end\n'")
-    twins.expect("red bold deep back end")
+    twins.expect("^red bold deep back end")
+    twins.ready()
     twins.line("echo 数据库 cafe\u0301 n\u0303 한국어 😀 " + "宽" * 8)
     twins.expect("^数据库.*宽$")
+    twins.ready()
     twins.line(
         "for i in $(seq 120); do printf '\\e[3%dmline %d %*s\\e[m\\n' $((i % 8)) $i $((i % 90)) x; done; echo do''ne"
     )
@@ -150,6 +152,7 @@ def bash(twins: Twins, work: Path) -> None:
     twins.keys("Home", "M-f", "Delete", "C-e", "C-w", "C-y")
     twins.expect("数def *$")
     twins.keys("Enter")
+    twins.ready()
     twins.line(f"cat {work}/utf8.txt; echo file''end")
     twins.expect("^fileend")
     twins.same()
@@ -170,12 +173,16 @@ def bash(twins: Twins, work: Path) -> None:
     twins.expect("^reset")
     twins.same()
     # Lines by the thousand while the terminals change their size.
+    twins.alone()
     twins.line("for i in $(seq 25000); do echo $i-$((i*i)); done; echo loa''ded")
     twins.resize()
     twins.expect("^loaded")
+    twins.ready()
     twins.line("echo $COLUMNS $LINES")
-    twins.expect("^90 30")
+    twins.expect("^80 24")
     twins.same()
+    twins.attached.append(twins.attach(second=True))
+    wait_for(lambda: twins.attached[1].text() == twins.plain.text(), name="the second device")
 
 
 def vim(twins: Twins, work: Path) -> None:
@@ -205,16 +212,17 @@ def vim(twins: Twins, work: Path) -> None:
     twins.keys("Escape", "C-w", "j")
     twins.expect("typed later")
     twins.same()
+    twins.alone()
     twins.line(
         ":for i in range(200) | execute 'normal! ' . (i % 30 + 1) . 'G' | redraw | endfor | echo 'ready ' . 40 * 2"
     )
     twins.resize()
     twins.keys("g", "g", "C-l")
     twins.line(":call setline(1, 'lines ' . &lines . ' columns ' . &columns)")
-    twins.expect("lines 30 columns 90")
+    twins.expect("lines 24 columns 80")
     twins.same()
     twins.line(":qa!")
-    twins.expect(r"^\$ *$")
+    twins.ready()
     twins.same()
 
 
@@ -230,6 +238,7 @@ def less(twins: Twins, work: Path) -> None:
     twins.same()
     twins.line("?line 3")
     twins.keys("PageDown")
+    twins.alone()
     twins.resize()
     twins.keys("PageDown", "Up")
     twins.keys("G")
@@ -237,7 +246,7 @@ def less(twins: Twins, work: Path) -> None:
     twins.keys("r")
     twins.same()
     twins.keys("q")
-    twins.expect(r"^\$ *$")
+    twins.ready()
     twins.line("echo ba''ck")
     twins.expect("^back")
     twins.same()
@@ -259,13 +268,14 @@ def full_screen(twins: Twins, work: Path) -> None:
     twins.same()
     twins.keys("Down")
     twins.expect("last KEY_DOWN")
+    twins.alone()
     twins.type("l")
     twins.resize()
     twins.type("x")
     twins.expect("last x frame 600")
     twins.same()
     twins.keys("F10")
-    twins.expect(r"^\$ *$")
+    twins.ready()
     twins.line("echo ba''ck")
     twins.expect("^back")
     twins.same()

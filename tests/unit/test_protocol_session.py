@@ -592,3 +592,19 @@ def test_the_same_size_again_repaints_nobody() -> None:
     sent(port.link)
     attach(target, terminal(b"b", 80, 24))
     assert Type.CAPTURE not in kinds(port.link)
+
+
+def test_what_the_connection_before_brought_may_be_acknowledged_on_the_new_one() -> None:
+    target = session()
+    opened(target)
+    target.pod_data(0, bytes(1000), NOW)
+    who = attachment()
+    attach(target, who, output=0)
+    again = attachment()
+    again.window = 100
+    target.resume(again, messages.ResumeBody(messages.CONTEXT_RESUME, NODE, target.uid, b"d", who.id, b"r", 1, 1, 1,
+    0), NOW) sent(again.link)
+    target.client_ack(again, (700).to_bytes(8, "big"), NOW)
+    frames = sent(again.link)
+    assert Type.ERROR not in [frame[0] for frame in frames]
+    assert [(frame[0], frame[2]) for frame in frames if frame[0] == Type.DATA] == [(Type.DATA, 700)]

@@ -389,7 +389,7 @@ class Session:
             port.link.send_message(Type.LANE, lane.handle, messages.Lane(self.uid, lane.id, lane.handled))
 
     def _settle(self, attachment: Attachment, now: int) -> None:
-        """Ends an attach or resume: who arrives counts as the typist, is told of the end if there was one, and is
+        """Ends an attach or resume: who arrives counts as the typist, is told of an end if there was one, and is
         fed.
         """
         if attachment.mode == "drive" and attachment.answers and self.typist is not attachment:
@@ -494,12 +494,13 @@ class Session:
     def client_ack(self, attachment: Attachment, payload: bytes, now: int) -> None:
         """Notes what a client has handled, which opens its window and, if it paces, the agent's."""
         position = int.from_bytes(payload, "big")
-        if position > attachment.cursor:
-            reason = f"Output {position} was acknowledged but only {attachment.cursor} sent."
-            self.drop(attachment, Code.PROTOCOL, reason, now)
+        if position > self.log.end:
+            self.drop(attachment, Code.PROTOCOL, f"Output {position} was acknowledged before it was sent.", now)
             return
         if position <= attachment.acked:
             return
+        # The connection it left may have brought more than this one has: that need not come again.
+        attachment.cursor = max(attachment.cursor, position)
         attachment.acked = position
         attachment.progress = now
         attachment.laggard = False
