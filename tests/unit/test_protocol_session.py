@@ -602,8 +602,7 @@ def test_what_the_connection_before_brought_may_be_acknowledged_on_the_new_one()
     attach(target, who, output=0)
     again = attachment()
     again.window = 100
-    target.resume(again, messages.ResumeBody(messages.CONTEXT_RESUME, NODE, target.uid, b"d", who.id, b"r", 1, 1, 1,
-    0), NOW) sent(again.link)
+    resume(target, again, 0)
     target.client_ack(again, (700).to_bytes(8, "big"), NOW)
     frames = sent(again.link)
     assert Type.ERROR not in [frame[0] for frame in frames]
