@@ -7,6 +7,7 @@ cut at random moments, after a fresh attach (a snapshot), and on the second devi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from sterna.client.calls import Caller
+from sterna.client.endpoint import find
 from tests.e2e.proxy import CutProxy
 from tests.e2e.rig import Rig, wait_for
 from tests.e2e.screens import (
@@ -44,6 +47,16 @@ class Stage:
         self.tmux = tmux
         self.other = second_device(rig)
         self.count = 0
+        self._caller = Caller(find(state=os.fspath(rig.state)))
+
+    def size(self, name: str) -> tuple[int, int]:
+        """The size that the node has told the session's program."""
+        uid = next(session["uid"] for session in self._caller.listing()[0] if session["name"] == name)
+        about = self._caller.call("info", session=uid)
+        return about["cols"], about["rows"]
+
+    def close(self) -> None:
+        self._caller.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,8 @@ def stage() -> Iterator[Stage]:
         rig.env["HISTFILE"] = "/dev/null"
         rig.start_node()
         with Tmux(rig) as tmux:
-            yield Stage(rig, tmux)
+            with contextlib.closing(Stage(rig, tmux)) as made:
+                yield made
 
 
 class Twins:
@@ -102,6 +116,8 @@ class Twins:
                 pane.resize(cols, rows)
             for pane in (self.plain, *self.attached):
                 pane.resized()
+            # A session takes a new size at most every 50 ms; keys typed before that would be for the old one.
+            self._told(cols, rows)
 
     def expect(self, pattern: str) -> None:
         for pane in (self.plain, *self.attached):
@@ -110,6 +126,9 @@ class Twins:
     def same(self) -> None:
         assert_same(*self.attached, self.plain)
         self.typist = self.rng.choice(self.attached)
+
+    def _told(self, cols: int, rows: int) -> None:
+        wait_for(lambda: self.stage.size(self.name) == (cols, rows), name="the session's size")
 
     def alone(self) -> None:
         """Leaves one device: the other one would get pictures of its own while their sizes differ."""
