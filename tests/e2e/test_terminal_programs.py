@@ -64,9 +64,8 @@ def stage() -> Iterator[Stage]:
     with Rig() as rig:
         rig.env["HISTFILE"] = "/dev/null"
         rig.start_node()
-        with Tmux(rig) as tmux:
-            with contextlib.closing(Stage(rig, tmux)) as made:
-                yield made
+        with Tmux(rig) as tmux, contextlib.closing(Stage(rig, tmux)) as made:
+            yield made
 
 
 class Twins:

@@ -386,3 +386,12 @@ def error(
 ) -> Error:
     """Returns the ERROR payload for a code."""
     return Error(int(code), code.name.lower(), message, retry_after, address, value)
+
+
+def is_signal(payload: bytes) -> bool:
+    """Tells whether a SIGNAL frame's payload is one."""
+    try:
+        unpack(Signal, payload)
+    except ProtocolError:
+        return False
+    return True

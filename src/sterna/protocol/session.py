@@ -475,7 +475,7 @@ class Session:
         if position - lane.handled + size > limits.WINDOW_BYTES:
             self.drop(attachment, Code.LIMIT, "More input was sent than the window allows.", now)
             return
-        if kind == _SIGNAL and not _is_signal(payload):
+        if kind == _SIGNAL and not messages.is_signal(payload):
             # The agent would take it for its node's fault, and end the connection that all its sessions are on.
             self.drop(attachment, Code.BAD_PAYLOAD, "A SIGNAL without a name was refused.", now)
             return
@@ -791,11 +791,3 @@ class Session:
     def lane_states(self) -> list[LaneState]:
         """Returns what the pod has handled of each lane, to be kept with an ended session."""
         return [LaneState(lane.id, lane.handled) for lane in self.lanes.values()]
-
-
-def _is_signal(payload: bytes) -> bool:
-    try:
-        messages.unpack(messages.Signal, payload)
-    except ProtocolError:
-        return False
-    return True
