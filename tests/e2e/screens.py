@@ -359,7 +359,10 @@ def second_device(rig: Rig, name: str = "two") -> dict[str, str]:
     state.mkdir(mode=0o700, exist_ok=True)
     with Caller(find(state=os.fspath(rig.state))) as caller:
         token = caller.call("token", ttl=600)["token"]
-    return {"STERNA_STATE": os.fspath(state), "STERNA_TOKEN": token}
+    env = {"STERNA_STATE": os.fspath(state), "STERNA_TOKEN": token}
+    # The first meeting of device and node is said in a line of its own: not on the screens that are compared.
+    assert rig.sterna("ls", "--host", "127.0.0.1", "--port", str(rig.port), env=env).returncode == 0
+    return env
 
 
 def start_node(rig: Rig, **settings: int) -> None:

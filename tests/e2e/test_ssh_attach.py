@@ -208,7 +208,7 @@ def test_one_call_of_ssh_starts_a_node_there_and_the_next_attach_needs_none(mach
     assert processes_with("sterna-marker-of-this-test") == [], "the control below would mean nothing"
     # The control: the same look does find a secret that is on a command line.
     sleeper = subprocess.Popen(["sh", "-c", "read x; : sterna-marker-of-this-test"], stdin=subprocess.PIPE)
-    assert processes_with("sterna-marker-of-this-test") == [f"{sleeper.pid}/cmdline"]
+    wait_for(lambda: processes_with("sterna-marker-of-this-test") == [f"{sleeper.pid}/cmdline"], name="the control")
     sleeper.communicate(b"\n", timeout=10)
     machines.leave(client)
 
