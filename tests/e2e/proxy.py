@@ -161,11 +161,15 @@ class CutProxy:
 
     def close(self) -> None:
         """Stops the proxy."""
-        if self._thread.is_alive():
-            self._stopping = True
-            self._wake()
-            self._thread.join(5)
-            assert not self._thread.is_alive(), "the proxy does not stop"
+        if self._stopping:
+            return
+        self._stopping = True
+        self._wake()
+        self._thread.join(5)
+        assert not self._thread.is_alive(), "the proxy does not stop"
+        # Not by the thread: it may see that it has to stop before it is woken.
+        os.close(self._wake_in)
+        os.close(self._wake_out)
 
     # ---- its thread --------------------------------------------------------------------------------------------
 
@@ -248,8 +252,6 @@ class CutProxy:
         for pair in list(self._pairs):
             self._end(pair, True)
         self._selector.close()
-        os.close(self._wake_in)
-        os.close(self._wake_out)
 
     def _patience(self) -> float | None:
         """How long the thread may wait: until the next timer, or the next chunk that is due."""
