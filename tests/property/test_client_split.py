@@ -101,11 +101,16 @@ def test_undoing_leaves_nothing_to_undo(data: bytes, cuts: list[int]) -> None:
 
 @given(data=OUTPUT, cuts=CUTS, limit=st.integers(1, 200))
 def test_the_tail_is_the_end(data: bytes, cuts: list[int], limit: int) -> None:
-    tail = OutputTail(limit)
+    tail, modes = OutputTail(limit), ModeTracker()
     for piece in split(data, cuts):
-        tail.append(piece)
+        tail.append(piece, modes.replay)
+        modes.feed(piece)
     assert data.endswith(tail.data())
-    assert min(limit, len(data)) <= len(tail.data()) < 2 * limit
+    longest = max(map(len, split(data, cuts)), default=0)
+    assert min(limit, len(data)) <= len(tail.data()) < limit + max(longest, 1)
+    dropped = ModeTracker()
+    dropped.feed(data[: len(data) - len(tail.data())])
+    assert not data or tail.before == dropped.replay
 
 
 @given(data=st.text(max_size=20).map(lambda text: text.encode("utf-8", "replace")), missing=st.integers(1, 3))

@@ -35,7 +35,7 @@ class Session:
         self.now = 0
 
     def output(self, data: bytes) -> None:
-        self.tail.append(data)
+        self.tail.append(data, self.modes.replay)
         self.untouched.feed(data)
         self._write(data)
 
@@ -249,7 +249,7 @@ def test_it_is_cut_and_never_wraps_or_scrolls(cols: int) -> None:
     status = StatusLine("主机主机", tail, modes, EngineModel)
     for known in (terminal, untouched):
         known.feed(CLEAR)
-    tail.append(CLEAR)
+    tail.append(CLEAR, b"")
     status.begin(0)
     terminal.feed(status.handle_timeout(SECOND, cols, 3))
     lines = terminal.text(scrollback=True).split("\n")
@@ -269,7 +269,7 @@ def test_after_a_resize_the_title_takes_over(alternate: bool) -> None:
     session.trouble()
     for terminal in (session.terminal, session.untouched):
         terminal.resize(COLS + 10, ROWS)
-    session.tail.resized()
+    session.tail.resized(b"")
     session.now += SECOND
     session._write(session.status.handle_timeout(session.now, COLS + 10, ROWS))
     assert session.terminal.text() == session.untouched.text()
@@ -322,17 +322,17 @@ def _cells(terminal: GhosttyTerminal) -> list[list[object]]:
 
 def test_the_tail_is_bounded_and_forgets_what_was_for_another_size() -> None:
     tail = OutputTail()
-    for size in (*range(1, 1000), 10 * CLIENT_TAIL_BYTES, 1):
-        tail.append(b"x" * size)
+    for size in (*range(1, 1000), CLIENT_TAIL_BYTES, 1):
+        tail.append(b"x" * size, b"")
     assert CLIENT_TAIL_BYTES <= len(tail.data()) < 2 * CLIENT_TAIL_BYTES
-    tail.append(b"\x1b[3")
-    tail.resized()
+    tail.append(b"\x1b[3", b"")
+    tail.resized(b"")
     assert tail.data() == b"\x1b[3"
-    tail.append(b"1m")
-    tail.resized()
+    tail.append(b"1m", b"")
+    tail.resized(b"")
     assert tail.data() == b""
-    tail.append("€".encode()[:2])
-    tail.resized()
+    tail.append("€".encode()[:2], b"")
+    tail.resized(b"")
     assert unfinished(tail.data()) is None
 
 
@@ -351,7 +351,7 @@ def test_the_tail_is_bounded_and_forgets_what_was_for_another_size() -> None:
 def test_the_style_where_the_tail_begins(output: list[bytes], styled: bool) -> None:
     tail = OutputTail(100)
     for piece in [*output, b"x" * 100]:
-        tail.append(piece)
+        tail.append(piece, b"")
     assert tail.data() == b"x" * 100
     assert tail.styled is styled
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from sterna import limits
 from sterna.client.driver import PollDriver
 from sterna.client.endpoint import Endpoint
 from sterna.client.escape import Action, EscapeKeys, help_text
@@ -169,7 +170,7 @@ class Attach:
 
     def _woken(self, _events: int) -> None:
         if self._terminal.woken():
-            self._tail.resized()
+            self._tail.resized(self._terminal.modes.replay)
             self._machine.resize(*self._terminal.size())
 
     def _write(self, data: bytes) -> None:
@@ -184,9 +185,10 @@ class Attach:
         handled = -1
         while queue:
             data, end = queue[0]
+            before = terminal.modes.replay
             written = terminal.write(data) if data else 0
             if end >= 0 and written:
-                self._tail.append(data[:written] if written < len(data) else data)
+                self._tail.append(data[:written] if written < len(data) else data, before)
             if written < len(data):
                 queue[0] = (data[written:], end)
                 self._driver.watch(terminal.out_fd, _OUT, self._flush)
@@ -277,7 +279,10 @@ class Attach:
         self._filter = QueryFilter(REPLAY)
         data = self._filter.feed(data)
         self._filter.clipboard = self._options.clipboard
-        self._queue.append((data, event.position))
+        last = max(0, len(data) - 1) // limits.CHUNK_BYTES * limits.CHUNK_BYTES
+        for start in range(0, last, limits.CHUNK_BYTES):
+            self._queue.append((data[start : start + limits.CHUNK_BYTES], 0))
+        self._queue.append((data[last:], event.position))
         self._flush(0)
 
     def _roomy(self) -> None:

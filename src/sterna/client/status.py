@@ -65,39 +65,47 @@ class ScreenModel(Protocol):
 class OutputTail:
     """The last of the session's output that was written to the terminal, kept cheaply."""
 
-    __slots__ = ("_limit_bytes", "_pieces", "_size", "before", "styled")
+    __slots__ = ("_limit_bytes", "_pieces", "_size", "styled")
 
     def __init__(self, limit_bytes: int = CLIENT_TAIL_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._pieces: deque[bytes] = deque()
+        self._pieces: deque[tuple[bytes, bytes]] = deque()  # each with the modes before it
         self._size = 0
-        self.before = ModeTracker()  # the modes where the tail begins
         self.styled = False  # whether a style other than the default may have been selected where the tail begins
 
-    def append(self, data: bytes) -> None:
-        """Takes what was written; keeps at least the last `limit_bytes` and less than one more piece of that size."""
-        for start in range(0, len(data), self._limit_bytes):
-            self._pieces.append(data[start : start + self._limit_bytes])
-        self._size += len(data)
-        while self._pieces and self._size - len(self._pieces[0]) >= self._limit_bytes:
-            self._drop(self._pieces.popleft())
+    @property
+    def before(self) -> bytes:
+        """What sets the modes that are on where the tail begins."""
+        return self._pieces[0][1] if self._pieces else b""
 
-    def resized(self) -> None:
-        """Forgets what was written for another terminal size, except for a sequence that is not finished."""
+    def append(self, data: bytes, before: bytes) -> None:
+        """Takes what was written, and `ModeTracker.replay` as it was before that.
+
+        Keeps at least the last `limit_bytes` and less than one piece more.
+        """
+        self._pieces.append((data, before))
+        self._size += len(data)
+        while self._pieces and self._size - len(self._pieces[0][0]) >= self._limit_bytes:
+            self._drop(self._pieces.popleft()[0])
+
+    def resized(self, modes: bytes) -> None:
+        """Forgets what was written for another terminal size, except for a sequence that is not finished.
+
+        `modes` is `ModeTracker.replay` as it is now.
+        """
         data = self.data()
         rest = unfinished(data)
         kept = data[-UNFINISHED_MAX_BYTES - 1 :] if rest is None else rest
         while self._pieces:
-            self._drop(self._pieces.popleft())
-        self.append(kept)
+            self._drop(self._pieces.popleft()[0])
+        self.append(kept, modes)
 
     def data(self) -> bytes:
         """Returns the tail in one piece."""
-        return b"".join(self._pieces)
+        return b"".join([piece for piece, _ in self._pieces])
 
     def _drop(self, piece: bytes) -> None:
         self._size -= len(piece)
-        self.before.feed(piece)
         self.styled = may_be_styled(piece, self.styled)
 
 
@@ -281,7 +289,7 @@ class StatusLine:
             return None
         place, position = start
         modes = ModeTracker()
-        modes.feed(self._tail.before.replay + data[:position])
+        modes.feed(self._tail.before + data[:position])
         if not modes.addressable:
             return None
         styled = b"\x1b[1;2;3;4;5;7;8;9;33;44;53m" if may_be_styled(data[:position], self._tail.styled) else b""
@@ -333,7 +341,7 @@ class StatusLine:
         cursors = []
         for corner in (b"\x1b[H", b"\x1b[%d;%dH" % (rows, cols)):
             model = self._make_screen(cols, rows)
-            model.feed(corner + self._tail.before.replay + data[:middle])
+            model.feed(corner + self._tail.before + data[:middle])
             cursors.append(model.cursor())
         row, column, wraps = cursors[0]
         if cursors[0] != cursors[1] or wraps:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 PIECE_MAX_BYTES = 16_384
+_TURNS = 16  # how often `write` waits for a terminal that is taking a long piece, …
+_TURN_MS = 2  # … and for how long: a PTY takes 8 KiB at a time, at once again while it is read
 BLOCKING_PIECE_MAX_BYTES = 512  # a descriptor that poll() calls writable takes this much without blocking for long
 READ_MAX_BYTES = 65_536
 RESTORE_MAX_MS = 500
@@ -422,7 +424,7 @@ class Terminal:
 
     def _write(self, data: bytes) -> int:
         view = memoryview(data)
-        written = 0
+        written, turns = 0, _TURNS
         piece = BLOCKING_PIECE_MAX_BYTES if self._blocking else PIECE_MAX_BYTES
         while written < len(data):
             if self._blocking and not _writable(self._out):
@@ -430,13 +432,23 @@ class Terminal:
             try:
                 count = os.write(self.out_fd, view[written : written + piece])
             except BlockingIOError:
-                break
+                count = 0
             except OSError as error:
                 raise TerminalGoneError("The terminal is gone; the session goes on, attach again to return.") from error
             written += count
-            if count < piece:
-                break
+            if count < piece and written < len(data):
+                turns -= 1
+                if self._blocking or turns < 0 or not self._takes_more():
+                    break
         return written
+
+    def _takes_more(self) -> bool:
+        """Waits until the terminal takes more; False if something else comes first, or nothing for a moment."""
+        poller = select.poll()
+        poller.register(self.in_fd, select.POLLIN)
+        poller.register(self.wake_fd, select.POLLIN)
+        poller.register(self.out_fd, select.POLLOUT)  # last, in case that it is the same descriptor as the first
+        return poller.poll(_TURN_MS) == [(self.out_fd, select.POLLOUT)]
 
     def _open_output(self) -> None:
         """Opens the terminal once more: O_NONBLOCK on the shared open file would break the shell that started us."""
