@@ -120,13 +120,14 @@ class PollDriver:
                 channel = self._channels.get(fd)
                 if channel is not None:
                     self._ready(channel, events)
-        now = time.monotonic_ns()
-        due = self.machine.next_timeout()
-        if due is not None and now >= due:
-            self.machine.handle_timeout(now)
-        if now >= self._next_watch:
-            self._look_around(now)
+        # What came goes on its way first: a key and its echo wait for this.
         self.settle()
+        now = time.monotonic_ns()
+        if (due is not None and now >= due) or now >= self._next_watch:
+            self.machine.handle_timeout(now)
+            if now >= self._next_watch:
+                self._look_around(now)
+            self.settle()
 
     def _look_around(self, now: int) -> None:
         """Looks for the machine's sleep and for bytes that the network does not acknowledge."""
@@ -281,8 +282,8 @@ class PollDriver:
                     error = ConnectionResetError(errno.ECONNRESET, "the node closed the connection")
                     break
                 filled += count
-                if count < _RECORD_BYTES and not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
-                    break
+                if count < _RECORD_BYTES:
+                    break  # TLS gives one record at a time, whole, and holds none back
         except _AGAIN:
             pass
         except OSError as found:

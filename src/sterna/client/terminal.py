@@ -76,8 +76,8 @@ class ModeTracker:
     """
 
     __slots__ = (
-        "_ansi", "_carried", "_charsets", "_colours", "_keypad", "_kitty_depth", "_kitty_set", "_link", "_resources",
-        "_saved", "_seen", "_shape", "_shifted", "_unsure", "changed", "region",
+        "_ansi", "_carried", "_charsets", "_colours", "_keypad", "_kitty_depth", "_kitty_set", "_link", "_replay",
+        "_resources", "_saved", "_seen", "_shape", "_shifted", "_unsure", "changed", "region",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -95,6 +95,7 @@ class ModeTracker:
         self._kitty_depth = {False: 0, True: 0}
         self._kitty_set: set[bool] = set()
         self._link = False
+        self._replay: bytes | None = None
         self._resources: set[bytes] = set()
         self._saved: dict[bool, tuple[bool, dict[bytes, bytes], bool]] = {}  # by "alternate screen?", as DECSC does
         self._shape = False
@@ -137,6 +138,11 @@ class ModeTracker:
     @property
     def replay(self) -> bytes:
         """What gives a terminal as it is at first the modes that matter to where output appears, but for the screen."""
+        if self._replay is None:
+            self._replay = self._make_replay()
+        return self._replay
+
+    def _make_replay(self) -> bytes:
         parts = [b"\x1b%b%b" % item for item in sorted(self._charsets.items()) if item[1]]
         parts += [b"\x0e"] if self._shifted else []
         parts += [b"\x1b[%dh" % number for number in sorted(self._ansi)]
@@ -180,6 +186,7 @@ class ModeTracker:
         return False
 
     def _note(self, found: re.Match[bytes]) -> None:
+        self._replay = None
         if found.lastgroup == "shift":
             self._shifted = found["shift"] == b"\x0e"
         elif found["private"]:

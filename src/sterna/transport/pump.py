@@ -200,9 +200,8 @@ class Pump:
                     break
                 filled += count
                 # Less than a record, or less than asked for: nothing more is there, and asking again would cost a call.
+                # TLS gives one record at a time, whole, and holds none back.
                 if not self.tls or count < _RECORD_BYTES:
-                    if self.tls and sock.pending():  # type: ignore[attr-defined]  # tls says that this is an SSLSocket
-                        continue
                     break
         except _READ_AGAIN:
             pass
