@@ -55,9 +55,7 @@ check-lint:
 	$(BIN)/lint-imports --no-logo
 
 check-tests:
-	@# What fails beside the other worker is looked at once more by itself: real terminals on shared cores are at times late.
-	$(IN_VENV) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS) || \
-		{ echo 'Some tests failed: these again, one by one.'; $(IN_VENV) $(BIN)/pytest --last-failed --last-failed-no-failures none $(TESTS); }
+	$(IN_VENV) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 check-fuzz:
 	$(IN_VENV) scripts/fuzz $(FUZZ_SHORT_SECONDS)

@@ -315,6 +315,24 @@ def test_random_screens() -> None:
             assert _cells(session.terminal) == _cells(session.untouched)
 
 
+def test_no_soft_wrapped_line_is_painted_over() -> None:
+    wrapped = b"w" * (3 * COLS - 5)
+    session = Session()
+    session.output(CLEAR + wrapped + b"\r\nits own row\r\n" + wrapped + b"\r\n" + wrapped[: 2 * COLS] + b"\r\n$ ")
+    session.trouble()
+    assert session.lines()[3].startswith("sterna: ")
+    session.over()
+    joins = [[row.wrapped for row in terminal.cells()] for terminal in (session.terminal, session.untouched)]
+    assert joins[0] == joins[1]
+    assert joins[0].count(True) == 5
+    # With no row of its own, it is the title's turn.
+    session = Session()
+    session.output(CLEAR + b"w" * (ROWS * COLS))
+    session.trouble()
+    assert "sterna: " not in session.terminal.text()
+    assert session.terminal.title().startswith("sterna: ")
+
+
 def _cells(terminal: GhosttyTerminal) -> list[list[object]]:
     """Every cell with its look. Whether a line that was repainted goes on softly in the next one is lost."""
     return [list(row.runs) for row in terminal.cells()]

@@ -211,3 +211,11 @@ def test_a_missing_or_foreign_library_is_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(libghostty, "_CELL_BITS", {"wide": (40, 2)})
     with pytest.raises(libghostty.EngineMissingError, match=r"GhosttyCell\.wide"):
         libghostty.load.__wrapped__()
+
+
+@pytest.mark.parametrize("cols", [60, 80, 128])
+def test_new_rows_come_from_what_has_scrolled_out(cols: int) -> None:
+    terminal = GhosttyTerminal(cols, 15)
+    terminal.feed(b"".join(b"line %d\r\n" % number for number in range(100)) + b"$ ")
+    terminal.resize(80, 24)
+    assert terminal.text().split("\n") == [*(f"line {number}" for number in range(77, 100)), "$"]

@@ -51,6 +51,11 @@ class EngineModel:
         """Returns the text of a row."""
         return self._state().rows[row].text()
 
+    def row_joined(self, row: int) -> bool:
+        """Returns whether a row goes on softly in the next one, or is what the one above it goes on in."""
+        rows = self._state().rows
+        return rows[row].wrapped or (row > 0 and rows[row - 1].wrapped)
+
     def row_vt(self, row: int) -> bytes:
         """Returns what paints a cleared row from its first column on."""
         painted = b"\x1b[m"

@@ -55,6 +55,9 @@ class ScreenModel(Protocol):
     def row_text(self, row: int) -> str:
         """Returns the text of a row; trailing blanks may be missing."""
 
+    def row_joined(self, row: int) -> bool:
+        """Returns whether a row goes on softly in the next one, or is what the one above it goes on in."""
+
     def row_vt(self, row: int) -> bytes:
         """Returns what paints a cleared row from its first column on: styles, beginning with a reset, and characters.
 
@@ -306,9 +309,11 @@ class StatusLine:
         if wraps and cursor_row not in known:
             return None
         self._model = model
-        free = [row for row in known if row != cursor_row]
+        # What is painted over a part of a soft-wrapped line makes it two lines, for who selects it or changes the size.
+        whole = [row for row in known if not model.row_joined(row)]
+        free = [row for row in whole if row != cursor_row]
         # A blank row needs no repainting; the cursor's own is the last of them, because the line hides where it is.
-        blank = [row for row in known if not model.row_text(row).strip() and not self._painted(row)]
+        blank = [row for row in whole if not model.row_text(row).strip() and not self._painted(row)]
         blank.sort(key=lambda row: (row == cursor_row, -row))
         row = next(iter(blank or free), None)
         return row if row is not None and self._leaves_no_trace(row, model, other, known) else None

@@ -160,11 +160,15 @@ class GhosttyTerminal:
 
     def resize(self, cols: int, rows: int) -> None:
         """Changes the size in cells; the main screen's lines are wrapped anew, as Ghostty does."""
-        if (cols, rows) != (self.cols, self.rows):
-            if self._lib.terminal_resize(self._handle, cols, rows, 8, 16):
+        if (cols, rows) == (self.cols, self.rows):
+            return
+        # In one step with fewer columns, new rows would come empty from below, and not from what has scrolled out.
+        steps = [(self.cols, rows), (cols, rows)] if rows > self.rows and cols < self.cols else [(cols, rows)]
+        for size in steps:
+            if self._lib.terminal_resize(self._handle, *size, 8, 16):
                 raise MemoryError("no memory for a terminal of another size")
-            self.cols, self.rows = cols, rows
-            _replies.data.clear()
+        self.cols, self.rows = cols, rows
+        _replies.data.clear()
 
     def at_ground(self) -> bool:
         """Says whether the parser is between sequences and characters."""
