@@ -94,11 +94,12 @@ def test_another_users_socket_is_no_agent(site: Site) -> None:
     """Owned by somebody else, or made by us and given away: the node does not even connect."""
     path = os.fspath(site.rig.sockets / "local_foreign")
     with unharmed(site), socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path + ".tmp")
-        os.chown(path + ".tmp", NOBODY, NOBODY)
+        made = os.fspath(site.rig.directory / "foreign")  # not where the node looks, before it is another's
+        listener.bind(made)
+        os.chown(made, NOBODY, NOBODY)
         listener.listen(1)
         listener.setblocking(False)
-        os.rename(path + ".tmp", path)
+        os.rename(made, path)
         wait_for(lambda: has_said(site, '"pod": "local_foreign"'), name="a word about it")
         assert has_said(site, "another user owns it")
         assert "foreign" not in agents(site)
@@ -111,16 +112,17 @@ def test_another_users_socket_is_no_agent(site: Site) -> None:
 def test_a_socket_that_another_user_serves_is_no_agent(site: Site) -> None:
     """The file is ours, but the process behind it is not (SO_PEERCRED): it gets not one byte."""
     path = os.fspath(site.rig.sockets / "local_served")
+    made = os.fspath(site.rig.directory / "served")  # not where the node looks, before somebody listens
     program = f"""
 import os, socket
-s = socket.socket(socket.AF_UNIX); s.bind({path + ".tmp"!r}); os.setuid({NOBODY}); s.listen(1)
+s = socket.socket(socket.AF_UNIX); s.bind({made!r}); os.setuid({NOBODY}); s.listen(1)
 print("ready", flush=True)
 s.settimeout(5); c, _ = s.accept(); c.settimeout(5); print(len(c.recv(100)), flush=True)
 """
     with unharmed(site), subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as thief:
         assert thief.stdout is not None
         assert thief.stdout.readline() == "ready\n"
-        os.rename(path + ".tmp", path)
+        os.rename(made, path)
         assert thief.stdout.readline() == "0\n"
         wait_for(lambda: has_said(site, "another user serves it"), name="a word about it")
         assert "served" not in agents(site)
