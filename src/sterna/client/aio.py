@@ -18,7 +18,7 @@ from sterna.errors import Code, ConnectionLostError, RefusedError, SternaError
 from sterna.protocol.client import ClientMachine, Dial, Event
 from sterna.protocol.link import Link
 from sterna.protocol.messages import Accept, Mode
-from sterna.transport.pump import Pump, Reactor
+from sterna.transport.pump import Conduit, Pump, Reactor
 from sterna.units import MILLISECOND, SECOND
 
 _STUCK_MS = 200
@@ -265,20 +265,20 @@ class _Driver:
             self._shaking.discard(number)
             pump.abort("dropped")
 
-    def _number(self, pump: Pump) -> int:
+    def _number(self, pump: Conduit) -> int:
         assert isinstance(pump.data, int)
         return pump.data
 
     # ---- the pumps' owner --------------------------------------------------------------------------------------
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes the node's bytes."""
         self.run(lambda: self.machine.receive(self._number(pump), data, time.monotonic_ns()))
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Learns that a connection takes more; the window bounds what waits for it."""
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Reports a connection that is over, unless we ended it."""
         number = self._number(pump)
         if self._pumps.get(number) is not pump:

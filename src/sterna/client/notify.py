@@ -39,8 +39,8 @@ def passthrough(sequence: bytes) -> bytes:
     return b"\x1bPtmux;" + sequence.replace(b"\x1b", b"\x1b\x1b") + b"\x1b\\"
 
 
-_STRING = re.compile(rb"\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)")
-_STRING_OPEN = re.compile(rb"\x1b(?:[\]PX^_][^\x07\x1b]*)?\Z")
+_STRING = rb"\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"
+_STRING_OPEN = rb"\x1b(?:[\]PX^_][^\x07\x1b]*)?\Z"
 
 
 class BellFinder:
@@ -57,8 +57,8 @@ class BellFinder:
         """Returns whether the program rang in this piece of output."""
         if not self._open and b"\a" not in data and b"\x1b" not in data:
             return False
-        text = _STRING.sub(b"", self._open + data)
-        unfinished = _STRING_OPEN.search(text)
+        text = re.compile(_STRING).sub(b"", self._open + data)
+        unfinished = re.compile(_STRING_OPEN).search(text)
         # Of a string that is not finished only its beginning matters, so nothing grows here.
         self._open = unfinished[0][:2] if unfinished is not None else b""
         return b"\a" in text

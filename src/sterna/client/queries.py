@@ -32,9 +32,7 @@ _APC = rb"G(?P<keys>[^\x07\x18\x1a\x1b\xc2;]*+)(?=[\x07\x18\x1a\x1b\xc2;])"
 _COMMON = rb"\[(?:[0-9;]*+[mHKJABCDGLMPXd]|\?[0-9;]*+[hl])"
 
 # What replayed output alone needs is compiled when it is first used: the import is on the way to the first answer.
-_FIND_CLIPBOARD = re.compile(
-    rb"\x1b(?!\[)" + _I + rb"(?:(?P<osc>\]" + _OSC + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;))"
-)
+_FIND_CLIPBOARD = rb"\x1b(?!\[)" + _I + rb"(?:(?P<osc>\]" + _OSC + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;))"
 _FIND_QUERIES = (
     rb"\x1b(?!" + _COMMON + rb")" + _I + rb"(?:(?P<csi>\[" + _CSI + rb")|(?P<osc>\]" + _OSC + rb")|(?P<decid>Z)"
     rb"|(?P<dcs>P" + _DCS + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;)|(?P<apc>_" + _APC + rb"))"
@@ -47,14 +45,14 @@ _C1 = (
     rb"|(?P<tmux>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"tmux;)"
     rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)" + _APC + rb")"
 )
-_INCOMPLETE = re.compile(
+_INCOMPLETE = (
     rb"(?:(?P<esc>\xc2|\x1b" + _I + rb")|(?P<csi>(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _PARAMETERS + rb")"
     rb"|(?P<osc>(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _NUMBER + rb")"
     rb"|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"(?:tmux|tmu|tm|t)?)"
     rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)(?:G[^\x07\x18\x1a\x1b\xc2;]*+)?))\Z"
 )
 # Where an incomplete sequence that is too long may begin: nothing that follows may begin another one.
-_LONG = re.compile(rb"(?:\x1b|\xc2[\x90\x9b\x9d\x9f])(?=[^\x1b\xc2]{%d})" % (SEQUENCE_HELD_MAX_BYTES - 1))
+_LONG = rb"(?:\x1b|\xc2[\x90\x9b\x9d\x9f])(?=[^\x1b\xc2]{%d})" % (SEQUENCE_HELD_MAX_BYTES - 1)
 _QUERY_CSI = (
     rb"[>=]?[\d:;]*c"  # DA1, DA2, DA3
     rb"|0*[56]n|\?[\d:;]*n"  # DSR, CPR, their private forms
@@ -67,7 +65,7 @@ _QUERY_CSI = (
     rb"|\?[\d:;]*S"  # XTSMGRAPHICS
     rb"|[\d:;]*(?:[&$,]u|'\||#[|RS]|\$w|\*y|\"v|\+x)"  # DEC and xterm state reports
 )
-_BODY = re.compile(rb"[^\x07\x18\x1a\x1b\xc2]*+(?:\xc2(?![\x80-\x9f]|\Z)[^\x07\x18\x1a\x1b\xc2]*+)*+")
+_BODY = rb"[^\x07\x18\x1a\x1b\xc2]*+(?:\xc2(?![\x80-\x9f]|\Z)[^\x07\x18\x1a\x1b\xc2]*+)*+"
 _STRING_END = re.compile(rb"[\x07\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
 _LONG_STRING_END = re.compile(rb"[\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
 # What ends the rest of an over-long escape or control sequence: its final byte, a cancel, or what begins another.
@@ -165,7 +163,7 @@ class QueryFilter:
         else:
             if not self._skipping:
                 last = max(scanned, len(data) - SEQUENCE_HELD_MAX_BYTES)
-                rest = _INCOMPLETE.search(data, max(last, data.rfind(b"\x1b", last)))
+                rest = re.compile(_INCOMPLETE).search(data, max(last, data.rfind(b"\x1b", last)))
                 stop = rest.start() if rest else len(data)
                 kept.append(data[passed:stop])
                 passed = stop
@@ -180,7 +178,7 @@ class QueryFilter:
             return None
         for begin in _long_starts(data, start):
             end = begin + SEQUENCE_HELD_MAX_BYTES + 1
-            if end <= len(data) and (found := _INCOMPLETE.match(data, begin, end)):
+            if end <= len(data) and (found := re.compile(_INCOMPLETE).match(data, begin, end)):
                 return found
         return None
 
@@ -255,13 +253,13 @@ class QueryFilter:
 def _searcher(data: bytes, live: bool) -> Callable[[bytes, int], re.Match[bytes] | None]:
     if _FIND_C1.search(data):
         return re.compile(_C1).search
-    return _FIND_CLIPBOARD.search if live else re.compile(_FIND_QUERIES).search
+    return re.compile(_FIND_CLIPBOARD).search if live else re.compile(_FIND_QUERIES).search
 
 
 def _long_starts(data: bytes, start: int) -> Iterator[int]:
     """Yields where sequences begin that are not interrupted for SEQUENCE_HELD_MAX_BYTES."""
     if _FIND_C1.search(data):
-        yield from (found.start() for found in _LONG.finditer(data, start))
+        yield from (found.start() for found in re.compile(_LONG).finditer(data, start))
         return
     begin = data.find(b"\x1b", start)
     while begin >= 0:
@@ -273,7 +271,7 @@ def _long_starts(data: bytes, start: int) -> Iterator[int]:
 
 
 def _body_end(data: bytes, start: int) -> int:
-    found = _BODY.match(data, start, start + SEQUENCE_HELD_MAX_BYTES + 1)
+    found = re.compile(_BODY).match(data, start, start + SEQUENCE_HELD_MAX_BYTES + 1)
     return found.end() if found else start
 
 

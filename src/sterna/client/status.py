@@ -24,19 +24,18 @@ UNFINISHED_MAX_BYTES = 4_096
 
 _SECOND_NS = STATUS_EVERY_MS * MILLISECOND
 _UNKNOWN_CELL = "\uf8ff"  # private use: no program draws with it
-_UNSTYLED_BLANKS = re.compile(rb"(?:\x1b\[0?m|\x1b\[[0-9]*C| )*")
-_UNFINISHED = re.compile(
-    rb"\x1b(?:[ -/]*|\[[\x00-\x17\x19\x1c-\x3f\x7f]*|\][^\x07\x18\x1a]*|[PX^_][^\x18\x1a]*)\Z", re.DOTALL
-)
-_SEQUENCE = re.compile(
+# Compiled where they are used, once (re keeps them): most runs never need them, and all would wait for them.
+_UNSTYLED_BLANKS = rb"(?:\x1b\[0?m|\x1b\[[0-9]*C| )*"
+_UNFINISHED = rb"\x1b(?:[ -/]*|\[[\x00-\x17\x19\x1c-\x3f\x7f]*|\][^\x07\x18\x1a]*|[PX^_][^\x18\x1a]*)\Z"
+_SEQUENCE = (
     rb"\x1b(?:\[[\x00-\x17\x19\x1c-\x3f\x7f]*[@-~]|\][^\x07\x18\x1a]*[\x07\x18\x1a]|[PX^_][^\x18\x1a]*[\x18\x1a]"
     rb"|[ -/]*[0-OQ-WYZ\\`-~])"
 )
 # What places the cursor, with a clearing of the whole screen just before it.
-_PLACED = re.compile(rb"(?:\x1b\[2J(?:\x1b\[[0-9;]*m)*)?\x1b(?:\[[0-9;]*[Hf]|c)")
-_SAVED = re.compile(rb"\x1b(?:(?P<save>7|\[s|\[\?[0-9;]*104[89][0-9;]*h)|8|\[u|\[\?[0-9;]*104[89][0-9;]*l)")
+_PLACED = rb"(?:\x1b\[2J(?:\x1b\[[0-9;]*m)*)?\x1b(?:\[[0-9;]*[Hf]|c)"
+_SAVED = rb"\x1b(?:(?P<save>7|\[s|\[\?[0-9;]*104[89][0-9;]*h)|8|\[u|\[\?[0-9;]*104[89][0-9;]*l)"
 # What may change the style: SGR, a restored cursor, a reset, or a sequence that is cut.
-_STYLES = re.compile(rb"\x1b(?:\[[0-9;:]*m|8|c|\[!p|\[u|\[\?[0-9;]*l|\Z|\[[0-?]*\Z)")
+_STYLES = rb"\x1b(?:\[[0-9;:]*m|8|c|\[!p|\[u|\[\?[0-9;]*l|\Z|\[[0-?]*\Z)"
 _MODEL_ERRORS = (ImportError, OSError, RuntimeError, ValueError, SternaError)
 
 
@@ -117,7 +116,7 @@ def may_be_styled(data: bytes, before: bool) -> bool:
     if b"\x1b" not in data:
         return before
     reset = max(data.rfind(b"\x1b[m"), data.rfind(b"\x1b[0m"))
-    return bool(_STYLES.search(data, reset + 3 if reset >= 0 else 0)) or (before and reset < 0)
+    return bool(re.compile(_STYLES).search(data, reset + 3 if reset >= 0 else 0)) or (before and reset < 0)
 
 
 def unfinished(data: bytes) -> bytes | None:
@@ -134,7 +133,7 @@ def unfinished(data: bytes) -> bytes | None:
         if byte < 0x80:
             break
     start = data.rfind(b"\x1b")
-    if start < 0 or not _UNFINISHED.match(data, start):
+    if start < 0 or not re.compile(_UNFINISHED).match(data, start):
         return b""
     return data[start:] if len(data) - start <= UNFINISHED_MAX_BYTES else None
 
@@ -142,7 +141,7 @@ def unfinished(data: bytes) -> bytes | None:
 def _last_printed(data: bytes) -> str:
     """Returns the spacing character that `data` ends in; nothing when it ends in anything else."""
     start = data.rfind(b"\x1b")
-    sequence = _SEQUENCE.match(data, start) if start >= 0 else None
+    sequence = re.compile(_SEQUENCE).match(data, start) if start >= 0 else None
     if start >= 0 and not sequence:
         return ""
     text = data[sequence.end() if sequence else 0 :]
@@ -333,12 +332,12 @@ class StatusLine:
         That is the first absolute placement, or, in output that only scrolls, any point at which cursors that began
         in opposite corners have met.
         """
-        found = _PLACED.search(data)
+        found = re.compile(_PLACED).search(data)
         while found:
             restored = _restored(data, found.start())
             if not restored:
                 return b"", found.start()
-            found = _PLACED.search(data, restored)
+            found = re.compile(_PLACED).search(data, restored)
         middle = data.rfind(b"\n", 0, len(data) // 2) + 1
         if not middle or _restored(data, middle):
             return None
@@ -379,7 +378,7 @@ class StatusLine:
         """Returns what paints the cleared row as the session left it; nothing when that is blank."""
         assert self._model is not None
         painted = self._model.row_vt(row)
-        return b"" if _UNSTYLED_BLANKS.fullmatch(painted) else painted
+        return b"" if re.compile(_UNSTYLED_BLANKS).fullmatch(painted) else painted
 
     def _paint_row(self) -> bytes:
         return b"\x1b[%d;1H\x1b[m\x1b[2K%b" % (self._row + 1, self._painted(self._row))
@@ -443,7 +442,7 @@ def _unknown_screen(cols: int, rows: int, saved: bytes, *, alternate: bool) -> b
 
 def _restored(data: bytes, position: int) -> int:
     """Returns where, after `position`, a cursor has been restored that was saved before it; 0 when none has."""
-    found = _SAVED.search(data, position)
+    found = re.compile(_SAVED).search(data, position)
     return found.end() if found and not found["save"] else 0
 
 

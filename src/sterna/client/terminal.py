@@ -48,7 +48,6 @@ _MODES = (
     rb"|(?P<save>7|\[s)|(?P<restore>8|\[u)"
     rb")"
 )
-_FIND_MODES = re.compile(_MODES)
 _SHIFTS_AND_MODES = rb"(?P<shift>[\x0e\x0f])|" + _MODES
 
 _CURSOR_KEYS, _REVERSE, _ORIGIN, _WRAP, _CURSOR, _MARGINS, _SYNCHRONIZED = 1, 5, 6, 7, 25, 69, 2026
@@ -161,7 +160,7 @@ class ModeTracker:
             return
         self._seen = True
         last = -1
-        for found in (re.compile(_SHIFTS_AND_MODES) if shifts else _FIND_MODES).finditer(data):
+        for found in re.compile(_SHIFTS_AND_MODES if shifts else _MODES).finditer(data):
             self._note(found)
             last = max(last, data.find(b"\x1b", found.start(), found.end()))  # a shift is no sequence
         start = data.rfind(b"\x1b", max(0, len(data) - SEQUENCE_CARRIED_MAX_BYTES))
@@ -171,7 +170,7 @@ class ModeTracker:
     def _carry_on(self, data: bytes) -> bool:
         """Continues the sequence that earlier output ended in; returns whether `data` is used up by that."""
         joined = self._carried + data[:SEQUENCE_CARRIED_MAX_BYTES]
-        found = _FIND_MODES.match(joined)
+        found = re.compile(_MODES).match(joined)
         if found:
             self._note(found)
         elif (

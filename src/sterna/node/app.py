@@ -24,10 +24,11 @@ from sterna.node.pods import Pod, PodRegistry, Port
 from sterna.node.store import Store
 from sterna.node.table import SessionTable
 from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
 from sterna.protocol.session import Session
 from sterna.protocol.states import State
 from sterna.transport.listen import Listener, peer_uid, tcp_socket, unix_socket
-from sterna.transport.pump import Reactor
+from sterna.transport.pump import Conduit, Owner, Pump, Reactor
 from sterna.transport.ticker import Ticker
 from sterna.trust.local import create_local_token
 from sterna.trust.node_identity import NodeIdentity
@@ -145,20 +146,27 @@ class Node:
         self.store.set_meta("boot", boot)
 
     def _remote(self, sock: socket.socket, peer: str) -> None:
-        self._adopt(sock, peer, handshake=isinstance(sock, ssl.SSLSocket), local=False)
+        self._take(sock, peer, handshake=isinstance(sock, ssl.SSLSocket), local=False)
 
     def _local(self, sock: socket.socket, _peer: str) -> None:
         _pid, uid = peer_uid(sock)
         if uid not in (0, os.geteuid()):
             sock.close()
             return
-        self._adopt(sock, "local", handshake=False, local=True)
+        self._take(sock, "local", handshake=False, local=True)
 
-    def _adopt(self, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
-        if len(self.connections) >= limits.CONNECTIONS_MAX:
+    def _take(self, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
+        def carry(link: Link, owner: Owner) -> Conduit:
+            return Pump(self.reactor, sock, link, owner, peer=peer, handshake=handshake)
+
+        if not self.adopt(carry, local=local):
             sock.close()
-            return
-        connection = ClientConnection(self, sock, peer, handshake=handshake, local=local)
+
+    def adopt(self, carry: Callable[[Link, Owner], Conduit], *, local: bool = False) -> bool:
+        """Takes a client's connection, whatever carries it; False, and nothing is begun, when there are too many."""
+        if len(self.connections) >= limits.CONNECTIONS_MAX:
+            return False
+        connection = ClientConnection(self, carry, local=local)
         self.accepted += 1
         self.connections.add(connection)
         if not local:
@@ -167,6 +175,7 @@ class Node:
                 oldest = next(iter(self._unproved))
                 oldest.pump.abort("too many connections without a proof")
         connection.pump.start()
+        return True
 
     def proved(self, connection: ClientConnection) -> None:
         """Notes that somebody on a connection proved who they are."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from typing import TYPE_CHECKING
 
 from sterna import limits
@@ -22,10 +21,12 @@ from sterna.protocol.link import Link
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
 from sterna.protocol.session import Session
 from sterna.protocol.states import State
-from sterna.transport.pump import Pump
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sterna.node.app import Node
+    from sterna.transport.pump import Conduit, Owner
 
 log = logging.getLogger("sterna.node.clients")
 
@@ -47,10 +48,11 @@ class ClientConnection:
         "visitor",
     )  # fmt: skip
 
-    def __init__(self, node: Node, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
+    def __init__(self, node: Node, carry: Callable[[Link, Owner], Conduit], *, local: bool) -> None:
+        """Begins with what carries the link it is given, and brings what comes to its owner."""
         self.node = node
         self.link = Link()
-        self.pump = Pump(node.reactor, sock, self.link, self, peer=peer, handshake=handshake)
+        self.pump = carry(self.link, self)
         self.attachments: dict[int, Attachment] = {}
         self.pending = 0
         self.highest = 0
@@ -61,7 +63,7 @@ class ClientConnection:
 
     # ---- the pump's owner --------------------------------------------------------------------------------------
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes the client's bytes."""
         now = self.last = SYSTEM_CLOCK.monotonic()
         self.pinged = False
@@ -81,7 +83,7 @@ class ClientConnection:
         if link.blocked and not self.proved:
             self.pump.abort("a stranger does not read what it is answered")
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Goes on with bulk data."""
         now = SYSTEM_CLOCK.monotonic()
         for attachment in list(self.attachments.values()):
@@ -89,7 +91,7 @@ class ClientConnection:
                 attachment.session.push(attachment, now)
                 attachment.session.pace(now)
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Detaches everything on this connection; the sessions stay."""
         now = SYSTEM_CLOCK.monotonic()
         for attachment in list(self.attachments.values()):

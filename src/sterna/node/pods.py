@@ -25,7 +25,7 @@ from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.session import Session
 from sterna.transport.listen import peer_uid
-from sterna.transport.pump import Pump, Reactor
+from sterna.transport.pump import Conduit, Pump, Reactor
 from sterna.transport.ticker import Ticker
 
 log = logging.getLogger("sterna.node.pods")
@@ -119,7 +119,7 @@ class PodConnection:
 
     # ---- the pump's owner --------------------------------------------------------------------------------------
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes the pod's bytes."""
         now = SYSTEM_CLOCK.monotonic()
         link = self.link
@@ -211,10 +211,10 @@ class PodConnection:
         for ready in waiting:
             ready(reason)
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Nothing waits for a pod: what goes to it is bounded by its clients' windows."""
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Takes the sessions off; the pod is looked for again."""
         for target in list(self._handles.values()):
             if isinstance(target, Session) and isinstance(target.port, Port) and target.port.connection is self:

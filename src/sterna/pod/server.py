@@ -19,7 +19,7 @@ from sterna.protocol.link import Link
 from sterna.protocol.messages import Kind, Open
 from sterna.protocol.podside import Input, PodMachine, PodSession
 from sterna.transport.listen import Listener, peer_uid, unix_socket
-from sterna.transport.pump import Pump, Reactor
+from sterna.transport.pump import Conduit, Pump, Reactor
 from sterna.transport.ticker import Ticker
 
 
@@ -87,7 +87,7 @@ class PodServer:
         self.machine.connected(link)
         pump.start()
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes a node's bytes."""
         link, now = pump.link, self.now()
         try:
@@ -156,14 +156,14 @@ class PodServer:
 
         self._workers.submit(work).add_done_callback(finished)
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Sends what waited for this connection."""
         now = self.now()
         for session in self.machine.sessions.values():
             if session.link is pump.link and (session.out.unsent or session.exit is not None):
                 session.flush(now)
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Forgets a node's connection; the sessions wait for the next one."""
         self._pumps.discard(pump)
         self.machine.disconnected(pump.link)

@@ -23,16 +23,48 @@ _LINGER_SECONDS = 1.0
 _READ_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class Owner(Protocol):
-    """Who deals with what a pump brings."""
+class Conduit(Protocol):
+    """One connection that carries a link's frames, whatever it runs over.
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    `peer` is the other side's address, `data` whatever the owner keeps with it.
+    """
+
+    link: Link
+    peer: str
+    data: object
+
+    @property
+    def handshaking(self) -> bool:
+        """Whether the handshake is not done yet: nothing can be said to the other side."""
+
+    @property
+    def queued(self) -> int:
+        """How many bytes wait for the other side to take them."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+
+    def start(self) -> None:
+        """Begins to read."""
+
+    def flush(self) -> None:
+        """Sends what the link has; what the other side does not take blocks the link until it does."""
+
+    def abort(self, reason: str) -> None:
+        """Ends the connection at once."""
+
+
+class Owner(Protocol):
+    """Who deals with what a connection brings."""
+
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes bytes; the view is only valid during the call."""
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Learns that a blocked connection takes bulk data again."""
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Learns, once, that the connection is over."""
 
 
@@ -41,13 +73,13 @@ class _Nobody:
 
     __slots__ = ()
 
-    def received(self, pump: Pump, data: memoryview) -> None:
+    def received(self, pump: Conduit, data: memoryview) -> None:
         """Drops them."""
 
-    def drained(self, pump: Pump) -> None:
+    def drained(self, pump: Conduit) -> None:
         """Does nothing."""
 
-    def ended(self, pump: Pump, reason: str) -> None:
+    def ended(self, pump: Conduit, reason: str) -> None:
         """Does nothing."""
 
 
@@ -70,11 +102,11 @@ class Reactor:
         self.loop = loop
         self.buffer = bytearray(READ_BYTES)
         self.view = memoryview(self.buffer)
-        self._dirty: list[Pump] = []
+        self._dirty: list[Conduit] = []
         self._active = False
         self._scheduled = False
 
-    def mark(self, pump: Pump) -> None:
+    def mark(self, pump: Conduit) -> None:
         """Notes that a pump has something to send; it goes out when the current event is dealt with."""
         self._dirty.append(pump)
         if not self._active and not self._scheduled:
