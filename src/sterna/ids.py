@@ -24,6 +24,7 @@ NODE_ID_BYTES = 32
 _TENANT = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}\Z")
 _AGENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_UID = re.compile(r"[0-9a-fA-F]{32}\Z")
 
 
 def check_tenant(text: str) -> str:
@@ -45,12 +46,19 @@ def check_agent(text: str) -> str:
 
 
 def check_name(text: str) -> str:
-    """Returns a session's name if it is one: letters, digits, `.`, `_`, `-`; else UsageError."""
+    """Returns a session's name if it is one: letters, digits, `.`, `_`, `-`, but no uid; else UsageError."""
     if not _NAME.match(text):
         raise UsageError(
             f"{text[:80]!r} is no session name: use 1 to 63 letters, digits, . _ -, a letter or digit first."
         )
+    if uid_of(text) is not None:
+        raise UsageError(f"{text!r} is no session name: 32 hex digits are a session's uid, so choose another name.")
     return text
+
+
+def uid_of(text: str) -> SessionUid | None:
+    """Returns the uid that 32 hex digits stand for, None if `text` is anything else."""
+    return SessionUid(bytes.fromhex(text)) if _UID.match(text) else None
 
 
 def split_socket_name(name: str) -> tuple[str, str] | None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.rig import Rig, free_port, running, wait_for
+
+# What to type again, where `sterna` is not in the PATH.
+PROGRAM = shlex.join([sys.executable, "-m", "sterna"])
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +168,7 @@ def test_a_link_need_not_stand_where_other_users_read_it(rig: Rig) -> None:
     guest.type(link + "\n")
     guest.expect("$ ")
     guest.type("\n~d")
-    guest.expect("sterna: Detached from unseen; `sterna attach -` comes back until the link expires.\r\n")
+    guest.expect(f"sterna: Detached from unseen; `{PROGRAM} attach -` comes back until the link expires.\r\n")
     assert guest.wait() == 0
     assert link.encode() not in guest.seen
     done = rig.sterna("info", "-", "--json", typed=link + "\n", env=env)
@@ -239,5 +244,7 @@ def test_leaving_says_how_to_come_back_and_begins_its_own_line_only_where_needed
         guest = rig.terminal("attach", link, env=env)
         guest.expect("$ ")
         guest.type("\n~d")
-        guest.expect("\r\nsterna: Detached from left; `sterna attach 'LINK'` comes back until the link expires.\r\n")
+        guest.expect(
+            f"\r\nsterna: Detached from left; `{PROGRAM} attach 'LINK'` comes back until the link expires.\r\n"
+        )
         assert guest.wait() == 0

@@ -178,6 +178,31 @@ def test_a_pod_that_never_greets_is_given_up(site: Site) -> None:
         assert raw.echo(b"others", 0, handle=2) == b"others"
 
 
+def test_thousands_of_names_for_one_socket_keep_no_agent_out_and_fill_no_log(site: Site) -> None:
+    """As a user of another tenant may make them in a directory that all write to."""
+    rig, names = site.rig, [f"mallory_x{number}" for number in range(4_200)]
+    first = rig.sockets / "mallory_first"
+    assert rig.node is not None
+    with unharmed(site, 16), socket.socket(socket.AF_UNIX) as sock, site.client() as raw:
+        sock.bind(os.fspath(first))
+        sock.listen(100)
+        before = rig.node.log.stat().st_size
+        try:
+            for name in names:
+                os.link(first, rig.sockets / name)
+            rig.start_pod("late", "cat", kind="stream")
+            raw.connect(want="call")
+            wait_for(lambda: "late" in [agent["name"] for agent in raw.call("list")["agents"]], name="the agent")
+            raw.connect(handle=2, agent="late")
+            assert raw.echo(b"late", 0, handle=2) == b"late"
+            grown = rig.node.log.stat().st_size - before
+            print(f"the log grew by {grown} bytes")
+            assert grown < 64 * 1024
+        finally:
+            for name in ("mallory_first", *names):
+                (rig.sockets / name).unlink(missing_ok=True)
+
+
 # ---- a session of its own --------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ def test_detach_and_attach_restores(stage: Stage) -> None:
     shell.expect(r"line 40\n\$ *$")
     before = shell.view()
     shell.type("\r~d")
-    assert f"Detached from {name}; `sterna attach" in shell.expect("^status 0")
+    assert f"Detached from {name}; `" in shell.expect(r"attach (.*\n)*.*comes back\.\nstatus 0")
     assert (shell.about("keypad_cursor_flag"), shell.about("pane_title")) != ("1", "mine")
     shell.line(words)
     shell.expect(r"line 40\n\$ *\n\$ *$")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sterna.errors import Code
-from sterna.limits import TEXT_SHOWN_MAX_CHARS
+from sterna.limits import SNAPSHOT_MAX_BYTES, SNAPSHOT_PART_BYTES, TEXT_SHOWN_MAX_CHARS
 from sterna.protocol import messages
-from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Notice, Opened, Trouble
+from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Notice, Opened, Screen, Trouble
 from sterna.protocol.frame import Type, encode
 
 SECOND = 1_000_000_000
@@ -158,3 +160,43 @@ def test_what_a_node_says_carries_no_escape_sequences() -> None:
         assert text.startswith(clean), text
         assert text.isprintable()
         assert len(text) <= TEXT_SHOWN_MAX_CHARS
+
+
+PARTS_MAX = SNAPSHOT_MAX_BYTES // SNAPSHOT_PART_BYTES + 1
+
+
+def give_parts(client: ClientMachine, number: int, count: int, data: bytes, *, last: bool) -> None:
+    for index in range(count):
+        part = messages.Snapshot(0, part=index, last=last and index + 1 == count, data=data)
+        give(client, number, Type.SNAPSHOT, 1, part)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_snapshot_has_so_many_parts_and_no_more(size: int) -> None:
+    """Parts of nothing would else be collected for ever."""
+    client, number = machine()
+    give_parts(client, number, PARTS_MAX + 1, b"x" * size, last=False)
+    assert client.active is None
+    trouble = client.next_event()
+    assert isinstance(trouble, Trouble)
+    assert "too many parts" in trouble.reason
+
+
+def test_a_snapshot_is_so_large_and_no_larger() -> None:
+    client, number = machine()
+    give_parts(client, number, PARTS_MAX, b"x" * SNAPSHOT_PART_BYTES, last=False)
+    assert client.active is None
+    trouble = client.next_event()
+    assert isinstance(trouble, Trouble)
+    assert "too large" in trouble.reason
+
+
+def test_the_bounds_are_those_of_one_snapshot() -> None:
+    client, number = machine()
+    for _ in range(2):
+        give_parts(client, number, PARTS_MAX - 1, b"x" * SNAPSHOT_PART_BYTES, last=False)
+        give_parts(client, number, PARTS_MAX - 1, b"y" * SNAPSHOT_PART_BYTES, last=True)
+        screen = client.next_event()
+        assert isinstance(screen, Screen)
+        assert screen.data == b"y" * SNAPSHOT_PART_BYTES * (PARTS_MAX - 1)
+    assert client.active == number

@@ -7,12 +7,17 @@ import os
 import random
 import subprocess
 import sys
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sterna import limits
 from sterna.pod import libghostty, screen
-from sterna.pod.screen import KEEP_BYTES, PENDING_MAX_BYTES, LazyScreen, open_terminal
+from sterna.pod.screen import KEEP_BYTES, PENDING_MAX_BYTES, LazyScreen, ScreenCopy, engine_name, open_terminal
+
+if TYPE_CHECKING:
+    from sterna.pod.snapshot import Row
 
 PROMPT = b"\x1b]0;user@host: ~\x07\x1b[01;32muser@host\x1b[00m:\x1b[01;34m~\x1b[00m$ "
 
@@ -113,6 +118,96 @@ def test_a_snapshot_too_large_goes_without_scroll_back(monkeypatch: pytest.Monke
     data = lazy.snapshot()
     assert b"line 1999" in data
     assert len(data) < 5_000
+
+
+def test_what_gets_too_large_is_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine_name() != "ghostty":
+        pytest.skip("libghostty-vt is not there")
+    from sterna.pod import screen_ghostty
+
+    looked: list[object] = []
+    styled = screen_ghostty._RenderState._styled
+
+    def counted(*args: Any, **options: Any) -> Row:
+        looked.append(args)
+        return styled(*args, **options)
+
+    monkeypatch.setattr(screen_ghostty._RenderState, "_styled", counted)
+    monkeypatch.setattr(limits, "SNAPSHOT_MAX_BYTES", 20_000)
+    lazy = LazyScreen(80, 24)
+    lazy.feed(b"".join(b"\x1b[31mline\x1b[32m %d\r\n" % n for n in range(5_000)))
+    data = lazy.snapshot()
+    assert b"line" in data
+    assert len(data) < 5_000
+    # Some 30 bytes a line: about 700 are looked at, then those of the screen.
+    assert 500 < len(looked) < 1_200
+
+
+def test_a_copy_shows_its_moment_while_the_screen_goes_on() -> None:
+    if engine_name() != "ghostty":
+        pytest.skip("only libghostty-vt can be copied")
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    r = random.Random(seed)
+    lazy, whole = LazyScreen(80, 24), open_terminal(80, 24)
+    copies: list[tuple[ScreenCopy, bytes, bytes]] = []
+    ends = ["\r\n", "\x1b[H", "\x1b[?1049h", "\x1b[?1049l"]
+    data = "".join(f"\x1b[3{r.randrange(8)}mline {n} \u6570\x1b[m{r.choice(ends)}" for n in range(2000)).encode()
+    at = 0
+    while at < len(data):
+        step = r.randrange(1, 9000)
+        lazy.feed(data[at : at + step])
+        whole.feed(data[at : at + step])
+        at += step
+        if r.random() < 0.3:
+            lazy.idle()
+        copy = lazy.copy()
+        assert copy is not None
+        copies.append((copy, whole.snapshot(), whole.snapshot(scrollback=False)))
+    for copy, with_lines, alone in copies:
+        assert copy.snapshot() == with_lines
+        assert copy.snapshot(False) == alone
+        copy.close()
+
+
+def test_replies_are_forgotten_without_waiting_for_who_draws() -> None:
+    lazy = LazyScreen(80, 24)
+    lazy.feed(b"\x1b[c")
+    held, free = threading.Event(), threading.Event()
+
+    def draw() -> None:
+        with lazy._lock:
+            held.set()
+            assert free.wait(20)
+
+    worker = threading.Thread(target=draw)
+    worker.start()
+    assert held.wait(20)
+    waiter = threading.Thread(target=lazy.forget_replies, daemon=True)
+    waiter.start()
+    waiter.join(10)
+    stuck = waiter.is_alive()
+    free.set()
+    worker.join()
+    assert not stuck
+    assert lazy.replies() == b""
+    lazy.feed(b"\x1b[5n")
+    assert lazy.replies() == b"\x1b[0n"
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_only_what_is_asked_after_forgetting_is_answered(fed: bool) -> None:
+    lazy = LazyScreen(80, 24)
+    lazy.feed(b"\x1b[c\r\nab\x1b[6")
+    if fed:
+        lazy.catch_up()
+    lazy.forget_replies()
+    lazy.feed(b"n\x1b[5n")
+    if fed:
+        lazy.catch_up()
+    assert lazy.replies() == b"\x1b[2;3R\x1b[0n"
+    lazy.forget_replies()
+    assert lazy.replies() == b""
 
 
 def test_unfinished_output_is_known() -> None:

@@ -27,12 +27,15 @@ _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 @click.option("--ttl", type=DURATION, default="10m", show_default=True, help="How long the link can be opened.")
 @click.option("--host", help="Host in the link: how the other device reaches this node.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port in the link (default: the node's).")
+@click.option("--web-port", type=click.IntRange(1, 65535), help="Port of the web page in its link, as 443 of a proxy.")
+@click.option("--local", is_flag=True, help="The link is for this machine only.")
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def share(
-    session: str | None, watch: bool, ttl: float, host: str | None, port: int | None, state: str | None, as_json: bool
-) -> None:
-    """Print a link and a QR code that open SESSION on one other device.
+    session: str | None, watch: bool, ttl: float, host: str | None, port: int | None, web_port: int | None,
+    local: bool, state: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print a link and a QR code that open SESSION on one other device: in its browser, or in a terminal.
 
     Where no node runs on this machine, --host and --port also say which node is asked.
     """
@@ -43,34 +46,48 @@ def share(
 
     if not 1 <= ttl <= _TTL_MAX_SECONDS:
         raise UsageError(f"A link lives for 1 second to {_TTL_MAX_SECONDS // 86_400} days: choose another --ttl.")
+    if local and host is not None:
+        raise UsageError("--local and --host contradict each other: leave one out.")
     with _sharing_node(state, host, port) as caller:
         about = caller.call("node")
-        address = _link_host(host, about["host"])
+        address = _local_host(about["host"]) if local else _link_host(host, about["host"])
         sessions, _agents = caller.listing()
         chosen = pick(sessions, session) if session is not None else _only(sessions)
         mode = "watch" if watch else "drive"
         shared = caller.call("share", session=chosen["uid"], mode=mode, ttl=int(ttl))
+    session_port = port or about["port"]
+    page = web_port or about["web_port"]
     link = ShareLink(
-        address, port or about["port"], ticket=shared["ticket"], node_id=NodeId(bytes.fromhex(shared["node"])),
-        session=SessionUid(bytes.fromhex(shared["session"])), agent=shared["agent"], mode=mode,
+        address, page or session_port, session_port=session_port, ticket=shared["ticket"],
+        node_id=NodeId(bytes.fromhex(shared["node"])), session=SessionUid(bytes.fromhex(shared["session"])),
+        agent=shared["agent"], mode=mode,
     )  # fmt: skip
+    web = link.web() if page else None
     if as_json:
         keys = ("name", "session", "agent", "mode", "expires")
-        print_json(
-            {"link": link.terminal(), "host": link.host, "port": link.session_port, **{k: shared[k] for k in keys}}
-        )
+        place = {"link": link.terminal(), "web": web, "host": link.host, "port": link.session_port}
+        print_json({**place, **{k: shared[k] for k in keys}})
         return
     print(link.terminal())
     if sys.stdout.isatty():
-        from sterna.cli.duration import in_words
+        _explain(link.terminal(), web, ttl, shared["name"], watch=watch)
 
-        _print_qr(link.terminal())
-        can = "looks on at" if watch else "opens"
-        print(f"On another device, within {in_words(ttl)}, this {can} the session {shared['name']}:")
-        print("    sterna attach -")
-        print("and paste the link, which nobody else sees then; or, on a machine that has no other users:")
-        print(f"    sterna attach '{link.terminal()}'")
-        print("It is for the first device that uses it, which may use it again until then.")
+
+def _explain(terminal: str, web: str | None, ttl: float, name: str, *, watch: bool) -> None:
+    """Says on a terminal what to do with a link, and draws it for a phone's camera."""
+    from sterna.cli.duration import in_words
+
+    _print_qr(web or terminal)
+    can = "looks on at" if watch else "opens"
+    print(f"On another device, within {in_words(ttl)}, this {can} the session {name}:")
+    if web is not None:
+        print(f"    {web}")
+        print("in a browser, which is also what the code above says. If the node has no certificate of a public")
+        print("authority (`sterna node --tls-cert`, or a reverse proxy), browsers warn first. In a terminal:")
+    print("    sterna attach -")
+    print("and paste the first link, which nobody else sees then; or, on a machine that has no other users:")
+    print(f"    sterna attach '{terminal}'")
+    print("It is for the first device that uses it, which may use it again until then.")
 
 
 def _sharing_node(state: str | None, host: str | None, port: int | None) -> Caller:
@@ -83,6 +100,11 @@ def _sharing_node(state: str | None, host: str | None, port: int | None) -> Call
         if host is None:
             raise
     return reach(state=state, host=host, port=port)
+
+
+def _local_host(listening: str) -> str:
+    """Returns the host for a link that is opened on this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening, listening)  # noqa: S104 -- compared with
 
 
 def _link_host(host: str | None, listening: str) -> str:
@@ -109,7 +131,8 @@ def _link_host(host: str | None, listening: str) -> str:
     if reason is not None:
         raise UsageError(
             f"The node listens on {listening}, which another device cannot reach: {reason}. "
-            "Start it with `sterna up --host 0.0.0.0`, or give --host if something forwards to it."
+            "Start it with `sterna up --host 0.0.0.0` (or `sterna node --tls-cert`, which browsers trust), or give "
+            "--host if something forwards to it, as a reverse proxy; --local makes a link for this machine itself."
         )
     return listening
 

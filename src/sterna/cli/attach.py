@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sterna.cli.options import node_options
+from sterna.cli.options import node_options, program
 from sterna.cli.ssh import ssh_options
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def _again(target: str | None, state: str | None, host: str | None, port: int | 
     from sterna.trust.links import is_link
 
     if target == "-":
-        return "sterna attach -"
+        return shlex.join([*program(), "attach", "-"])
     if target is not None and is_link(target):
-        return "sterna attach 'LINK'"
+        return shlex.join([*program(), "attach"]) + " 'LINK'"
     elsewhere = [target] if target is not None and ("@" in target or "://" in target) else []
     flags = [("--state", state), ("--host", host), ("--port", port and str(port))]
-    words = ["sterna", "attach", *elsewhere, *(word for flag, value in flags if value for word in (flag, value))]
+    words = [*program(), "attach", *elsewhere, *(word for flag, value in flags if value for word in (flag, value))]
     return shlex.join([*words, "--name"]) + " NAME"
 
 

@@ -28,11 +28,17 @@ _TOKEN_VARIABLE = "STERNA_NODE_TOKEN"  # noqa: S105 -- the name of a variable, n
 @click.option("--token-file", type=click.Path(dir_okay=False), help="File of fixed access tokens for clients.")
 @click.option("--tls-cert", type=click.Path(dir_okay=False), help="Certificate from a public authority (PEM).")
 @click.option("--tls-key", type=click.Path(dir_okay=False), help="Its key (PEM).")
+@click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page, usually 7222; 0: none (0).")
+@click.option("--web-host", help="Address that the web page listens on (--host).")
+@click.option("--web-name", "web_names", multiple=True, help="A name of a reverse proxy for the web page; repeatable.")
 @click.option("--metrics-host", help="Address of the metrics (127.0.0.1).")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Port of the metrics for Prometheus; 0: none.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What is logged (info).")
 @click.option("--check", is_flag=True, help="Only check the configuration.")
-def node(path: str | None, check: bool, token: str | None, names: tuple[str, ...], **flags: object) -> None:
+def node(
+    path: str | None, check: bool, token: str | None, names: tuple[str, ...], web_names: tuple[str, ...],
+    **flags: object,
+) -> None:  # fmt: skip
     """The node daemon: carries the sessions of this machine's pods, in the foreground.
 
     SIGTERM drains it (clients come back to the next one), SIGINT stops it at once; sessions and pods stay. Logs go to
@@ -43,7 +49,8 @@ def node(path: str | None, check: bool, token: str | None, names: tuple[str, ...
     environ = dict(os.environ)
     # Programs that the node's user runs later have no business with it.
     os.environ.pop(_TOKEN_VARIABLE, None)
-    config = load({**flags, "names": ",".join(names) or None, "token": _token(token)}, environ, path)
+    lists = {"names": ",".join(names) or None, "web_names": ",".join(web_names) or None}
+    config = load({**flags, **lists, "token": _token(token)}, environ, path)
     if check:
         click.echo("The configuration is good.")
         return
@@ -55,7 +62,7 @@ def node(path: str | None, check: bool, token: str | None, names: tuple[str, ...
     from sterna.cli.loop import run
     from sterna.cli.serve import serve_node
 
-    run(serve_node(config, lambda _ready: None))
+    run(serve_node(config, lambda _ready: None, web_asked=bool(flags["web_port"])))
 
 
 def _token(given: str | None) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,3 +23,11 @@ def node_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def program() -> list[str]:
+    """Returns the words by which `sterna` can be called from here, also where it is not in the PATH."""
+    if any(os.access(os.path.join(directory, "sterna"), os.X_OK) for directory in os.get_exec_path()):
+        return ["sterna"]
+    own = sys.argv[0]
+    return [own] if os.path.basename(own) == "sterna" else [sys.executable, "-m", "sterna"]

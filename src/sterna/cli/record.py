@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -48,9 +49,8 @@ def record(name: str, file: str, overwrite: bool, state: str | None, host: str |
     if not overwrite and os.path.lexists(file):
         raise exists
     endpoint, wish, about = named_session(name, state=state, host=host, port=port)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
     try:
-        fd = os.open(file, flags, 0o600)
+        fd = _make(file, overwrite)
     except FileExistsError:
         raise exists from None
     except OSError as error:
@@ -59,6 +59,27 @@ def record(name: str, file: str, overwrite: bool, state: str | None, host: str |
         return _Recorder(endpoint, wish, about, state, fd, file).run()
     finally:
         os.close(fd)
+
+
+def _make(file: str, overwrite: bool) -> int:
+    """Returns a descriptor of the new, empty `file`, which only its owner may read, whatever was there before.
+
+    Raises UsageError if what is to be overwritten is no regular file of our own, FileExistsError, OSError.
+    """
+    if overwrite:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"{file} is no regular file, so it is not overwritten: choose another name.")
+            if status.st_uid != os.geteuid():
+                raise UsageError(
+                    f"{file} belongs to user {status.st_uid}, so it is not overwritten: choose another name."
+                )
+            # Who has the old file open, or another name for it, shall not get the new one.
+            os.unlink(file)
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)  # the umask may have taken bits of the owner
+    return fd
 
 
 class _Sizes(threading.Thread):

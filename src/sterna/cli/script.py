@@ -31,6 +31,12 @@ _CONTROLS = re.compile(
 )
 _UNFINISHED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]P^_X][^\x07\x1b]*\x1b?|[ -/]*)?\Z")
 _SEQUENCE_MAX_CHARS = 4_096
+# RIS and every OSC (titles, colours, links); what _SKIPPED is, terminals skip within a sequence.
+_SKIPPED = rb"[\x00-\x17\x19\x1c-\x1f\x7f]*+"
+_RESETS_AND_TITLES = re.compile(
+    rb"\x1b" + _SKIPPED + rb"c|(?:\x1b" + _SKIPPED + rb"\]|\xc2\x9d)[^\x07\x18\x1a\x1b\xc2]*+"
+    rb"(?:\xc2(?!\x9c)[^\x07\x18\x1a\x1b\xc2]*+)*+(?:\x07|\x1b\\|\xc2\x9c)?"
+)
 
 
 def _join(endpoint: Endpoint, wish: Wish, state: str | None, mode: Mode, **more: Any) -> BlockingSession:
@@ -132,7 +138,7 @@ def capture(
             raise RefusedError(Code.TIMEOUT, f"The screen did not come within {in_words(timeout)}.") from None
     out = sys.stdout.buffer
     if about["kind"] != "pty":
-        out.write(data)
+        out.write(_harmless(data) if out.isatty() else data)
     else:
         screen = _open_screen(about)
         screen.feed(data)
@@ -142,6 +148,18 @@ def capture(
         out.write("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
         screen.close()
     out.flush()
+
+
+def _harmless(data: bytes) -> bytes:
+    """Returns output as a terminal may get it: it asks and changes nothing, and what it turns on is undone."""
+    from sterna.client.queries import REPLAY, QueryFilter
+    from sterna.client.terminal import ModeTracker
+
+    # ST stands for what is dropped: else the bytes around it could make another sequence.
+    queries, modes = QueryFilter(REPLAY), ModeTracker()
+    shown = _RESETS_AND_TITLES.sub(b"\x1b\\\\", queries.feed(data) + queries.flush())
+    modes.feed(shown)
+    return shown + modes.undo()
 
 
 def _painted(screen: Terminal, scrollback: bool) -> list[str]:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import logging
 import signal
+import socket
+import threading
 from collections.abc import Callable
 
+from sterna.errors import UsageError
 from sterna.node.app import Node
-from sterna.node.config import NodeConfig
+from sterna.node.config import WEB_PORT, NodeConfig
 from sterna.node.logs import configure
+from sterna.transport.listen import tcp_socket
 from sterna.trust.fingerprint import fingerprint
+
+log = logging.getLogger("sterna.node")
 
 _POLL_SECONDS = 0.02
 _COUNTED_MAX = 1_000
 
 
 class Ready:
-    """Where a started node listens, and who it is; made on the node's loop, used by another thread."""
+    """Where a started node listens, and who it is; made on the node's loop, used by another thread.
 
-    __slots__ = ("_loop", "_node", "fingerprint", "host", "port")
+    `url` is the web page's address, or None; `without` says in a sentence why there is none although there should be.
+    `opened` is set once the page is served too.
+    """
 
-    def __init__(self, node: Node) -> None:
+    __slots__ = ("_loop", "_node", "fingerprint", "host", "opened", "port", "url", "without")
+
+    def __init__(self, node: Node, url: str | None = None, without: str = "") -> None:
         self.host, self.port = node.address
+        self.url = url
+        self.without = without
+        self.opened = threading.Event()
         self.fingerprint = fingerprint(node.identity.node_id)
         self._node = node
         self._loop = asyncio.get_running_loop()
@@ -42,16 +57,22 @@ class Ready:
         return None, 0
 
 
-async def serve_node(config: NodeConfig, ready: Callable[[Ready], None], log_path: str | None = None) -> None:
+async def serve_node(
+    config: NodeConfig, ready: Callable[[Ready], None], log_path: str | None = None, *, web_asked: bool = False
+) -> None:
     """Runs a node: calls `ready` once it listens, drains on SIGTERM, stops at once on SIGINT.
 
-    The log goes to standard error, or is appended to the file `log_path`. Raises SternaError when it cannot start.
+    The log goes to standard error, or is appended to the file `log_path`. The web page's usual port may be another
+    node's, which then has the page, unless it was `web_asked` for. Raises SternaError when it cannot start.
     """
     configure(config.log_level, log_path)
     loop = asyncio.get_running_loop()
     node = Node(config)
     interrupted = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
+        web, without = _web_socket(config, asked=web_asked or config.web_port != WEB_PORT)
+        if web is not None:
+            stack.callback(web.close)
         stack.push_async_callback(node.close)
         node.start()
         if config.metrics_port:
@@ -61,10 +82,54 @@ async def serve_node(config: NodeConfig, ready: Callable[[Ready], None], log_pat
             stack.push_async_callback(metrics.close)
         loop.add_signal_handler(signal.SIGTERM, node.stop_requested.set)
         loop.add_signal_handler(signal.SIGINT, _interrupt, node, interrupted)
-        await asyncio.to_thread(ready, Ready(node))
+        about = Ready(node, _url(*web.getsockname()[:2]) if web is not None else None, without)
+        # The page takes 0.1 s to be loaded: meanwhile the node serves, and who asks for the page waits.
+        await asyncio.gather(asyncio.to_thread(ready, about), _open_web(node, web, stack, about.opened))
         await node.stop_requested.wait()
         if not interrupted.is_set():
             await node.drain()
+
+
+def _web_socket(config: NodeConfig, *, asked: bool) -> tuple[socket.socket | None, str]:
+    """Returns the web page's listening socket; without one, why, if it is not because nobody wants it."""
+    if not config.web_port:
+        return None, ""
+    if config.web_port == config.port:
+        if asked:
+            raise UsageError(
+                f"Sessions and web page cannot share port {config.port}: choose another --web-port, or 0 for none."
+            )
+        config.web_port = 0
+        return None, "There is no web page, as its usual port is the sessions' own: choose another with --web-port."
+    try:
+        return tcp_socket(config.web_host or config.host, config.web_port), ""
+    except UsageError as error:
+        reason = f"{str(error).replace('--port', '--web-port')}"
+    if asked:
+        raise UsageError(f"No web page: {reason[:-1]}, or leave it out with --web-port 0.")
+    config.web_port = 0
+    log.warning("no web page", extra={"reason": reason})
+    return None, f"There is no web page: {reason[:1].lower()}{reason[1:]}"
+
+
+async def _open_web(
+    node: Node, sock: socket.socket | None, stack: contextlib.AsyncExitStack, opened: threading.Event
+) -> None:
+    """Serves the web page on a listening socket."""
+    try:
+        if sock is not None:
+            module = await asyncio.to_thread(importlib.import_module, "sterna.web.site")
+            site = module.Site(node, node.config.web_hosts())
+            stack.push_async_callback(site.close)
+            site.listen(sock)
+    finally:
+        opened.set()
+
+
+def _url(host: str, port: int) -> str:
+    """Returns the page's address, as seen from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- compared with, not bound to
+    return f"https://[{host}]:{port}/" if ":" in host else f"https://{host}:{port}/"
 
 
 def _interrupt(node: Node, interrupted: asyncio.Event) -> None:

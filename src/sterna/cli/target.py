@@ -120,12 +120,16 @@ def tell_ended(sessions: list[dict[str, Any]], agent: str) -> None:
 
 
 def _meant(target: str, sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
-    """Returns the wish for a name: an agent's comes first, as an agent's first session is called after it."""
+    """Returns the wish for a uid or a name: an agent's name comes before a session's, as an agent's first session is
+    called after it.
+    """
+    if any(session["uid"] == target for session in sessions):
+        return Wish("join", uid=bytes.fromhex(target))
     if any(agent["name"] == target for agent in agents):
         tell_ended(sessions, target)
         return Wish("latest", agent=target)
     for session in sessions:
-        if target in (session["name"], session["uid"]):
+        if target == session["name"]:
             return Wish("join", uid=bytes.fromhex(session["uid"]))
     raise RefusedError(
         Code.NOT_FOUND, f"There is no agent or session {target[:80]!r}: `sterna ls` shows what there is."
@@ -167,9 +171,10 @@ def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
             raise click.Abort
         if answer == "n":
             return Wish("new", agent=_default_agent(agents))
-        for number, session in enumerate(order, 1):
-            if answer in (str(number), session["name"]):
-                return Wish("join", uid=bytes.fromhex(session["uid"]))
+        # A session may be called "2", and is not the second one for that.
+        lines = {session["name"]: session for session in order} | {str(n): each for n, each in enumerate(order, 1)}
+        if answer in lines:
+            return Wish("join", uid=bytes.fromhex(lines[answer]["uid"]))
         sys.stderr.write("There is no such line: type a number or a name from the list, n or q.\n")
 
 
@@ -194,8 +199,8 @@ def named_session(
     link = which if is_link(which) else None
     endpoint = find(state=state, link=link) if link is not None else find(state=state, host=host, port=port)
     with Caller(endpoint, state=state) as caller:
-        sessions, _agents = caller.listing()
+        sessions, agents = caller.listing()
         if link is not None and len(sessions) != 1:
             raise RefusedError(Code.NOT_FOUND, "The session of this link is over.")
-        about = caller.call("info", session=(sessions[0] if link is not None else pick(sessions, which))["uid"])
+        about = caller.call("info", session=(sessions[0] if link is not None else pick(sessions, which, agents))["uid"])
     return endpoint, Wish("join", uid=bytes.fromhex(about["uid"])), about

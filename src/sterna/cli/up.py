@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from sterna.cli.options import program
 from sterna.errors import AgentError, SternaError, UsageError
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ _LOG = "node.log"
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7220, show_default=True, type=click.IntRange(0, 65535), help="TCP port.")
-@click.option("--web-port", default=7222, hidden=True, type=click.IntRange(0, 65535))
-@click.option("--quic-port", default=7221, hidden=True, expose_value=False, type=click.IntRange(0, 65535))
-@click.option("--no-web", is_flag=True, hidden=True, expose_value=False)
+@click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page, usually 7222; 0: none (0).")
+@click.option(
+    "--quic-port", default=7221, show_default=True, type=click.IntRange(0, 65535), help="UDP port of QUIC; 0: none."
+)  # fmt: skip
+@click.option("--no-web", is_flag=True, help="No web page.")
+@click.option("--web-name", "web_names", multiple=True, help="A further name for the web page's address; repeatable.")
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--agent", default="main", show_default=True, help="The agent's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -41,7 +45,8 @@ _LOG = "node.log"
 )  # fmt: skip
 @click.argument("command", nargs=-1)
 def up(
-    host: str, port: int, web_port: int, state: str | None, agent: str, as_json: bool,
+    host: str, port: int, web_port: int | None, no_web: bool, web_names: tuple[str, ...], state: str | None,
+    agent: str, as_json: bool, quic_port: int,
     log_level: Literal["debug", "info", "warning", "error"] | None, command: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Start everything on this machine: a node, and one agent that runs COMMAND (default: your shell).
@@ -54,11 +59,14 @@ def up(
     from sterna.cli.serve import serve_node
     from sterna.node.config import NodeConfig
 
+    if no_web and web_port:
+        raise UsageError("--no-web and --web-port contradict each other: leave one out.")
     base = paths.state_dir(state)
     sockets = paths.private_dir(os.path.join(base, "sockets")) if state is not None else paths.runtime_dir()
     config = NodeConfig(
-        host=host, port=port, web_port=web_port, state=os.path.join(base, "node"), sockets=sockets,
-        log_level=log_level or "info",
+        host=host, port=port, web_port=0 if no_web or web_port is None else web_port,
+        web_names=list(web_names), state=os.path.join(base, "node"), sockets=sockets, log_level=log_level or "info",
+        quic_port=quic_port,
     )  # fmt: skip
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
     paths.private_dir(config.state)
@@ -76,7 +84,7 @@ def up(
             if log_path is not None:
                 print(f"The log is in {log_path}.", flush=True)
 
-    run(serve_node(config, ready, log_path))
+    run(serve_node(config, ready, log_path, web_asked=bool(web_port)))
 
 
 def start_pod(base: str, sockets: str, agent: str, command: list[str]) -> bool:
@@ -146,15 +154,7 @@ def _beside(base: str, sockets: str, agent: str, command: list[str], as_json: bo
 
 
 def _attach(agent: str) -> str:
-    return f"{_program()} attach" + ("" if agent == "main" else f" {agent}")
-
-
-def _program() -> str:
-    """Returns how `sterna` can be called from here, also where it is not in the PATH."""
-    if shutil.which("sterna"):
-        return "sterna"
-    own = sys.argv[0]
-    return own if os.path.basename(own) == "sterna" else f"{sys.executable} -m sterna"
+    return f"{shlex.join(program())} attach" + ("" if agent == "main" else f" {agent}")
 
 
 def _tell_found(about: Ready, agent: str, command: list[str]) -> None:
@@ -169,15 +169,19 @@ def _tell_found(about: Ready, agent: str, command: list[str]) -> None:
 def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
     from sterna.cli.service import logout_hint
 
+    about.opened.wait()
     hint = logout_hint()
     if hint is not None:
         print(hint, file=sys.stderr, flush=True)
+    if about.without:
+        print(f"sterna: {about.without}", file=sys.stderr, flush=True)
     if as_json:
         text = json.dumps(
             {
                 "pid": os.getpid(),
                 "host": about.host,
                 "port": about.port,
+                "url": about.url,
                 "state": base,
                 "agent": agent,
                 "fingerprint": about.fingerprint,
@@ -187,8 +191,10 @@ def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
         return
     place = f"{about.host} port {about.port}"
     print(f"The node listens on {place} (pid {os.getpid()}, fingerprint {about.fingerprint}).")
+    if about.url is not None:
+        print(f"The web page is at {about.url}; `sterna share` makes a link for another device.")
     print(f"The agent {agent!r} is ready:  {_attach(agent)}")
-    print("Ctrl-C stops the node, the programs go on; `sterna down` stops all.", flush=True)
+    print(f"Ctrl-C stops the node, the programs go on; `{shlex.join(program())} down` stops all.", flush=True)
 
 
 @click.command()

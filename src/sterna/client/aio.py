@@ -9,8 +9,10 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from sterna.client.conversation import Conversation, Happening, Plan, make_plan, usual_state
+from sterna.client.driver import STANDBY, STANDBY_SECONDS, Mover
 from sterna.client.endpoint import Endpoint
 from sterna.client.session import Wish, make_machine
 from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
@@ -19,10 +21,14 @@ from sterna.protocol.client import ClientMachine, Dial, Event
 from sterna.protocol.link import Link
 from sterna.protocol.messages import Accept, Mode
 from sterna.transport.pump import Conduit, Pump, Reactor
+from sterna.transport.tls import TlsSocket
 from sterna.units import MILLISECOND, SECOND
 
+if TYPE_CHECKING:
+    from sterna.transport.quic_client import QuicPump
+
 _STUCK_MS = 200
-_BUSY_SECONDS, _IDLE_SECONDS = 0.1, 1.0
+_QUICK_SECONDS, _BUSY_SECONDS, _IDLE_SECONDS = 0.05, 0.1, 1.0
 _LEAVE_SECONDS = 3.0
 
 
@@ -79,7 +85,8 @@ class _Surroundings:
 
     def _address_event(self) -> None:
         if self._addresses.changed():
-            self._suspect("the network changed")
+            for driver in list(self._drivers):
+                driver.network_changed()
 
     def _look(self) -> None:
         self._timer = self.loop.call_later(_IDLE_SECONDS, self._look)
@@ -106,6 +113,11 @@ class _Driver:
         self._connecting: dict[int, socket.socket] = {}
         self._shaking: set[int] = set()
         self._pumps: dict[int, Pump] = {}
+        self._quics: dict[int, QuicPump] = {}
+        self._opened: set[int] = set()  # the QUIC connections that the machine knows as established
+        self._mover = Mover(machine, endpoint)
+        self._standby_until = 0
+        self._last_active: int | None = None
         self._turn = 0
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0
@@ -136,7 +148,7 @@ class _Driver:
         self._watch.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        for number in [*self._connecting, *self._pumps]:
+        for number in [*self._connecting, *self._pumps, *self._quics]:
             self._drop(number)
         self._around.leave(self)
 
@@ -156,10 +168,18 @@ class _Driver:
                 pump = self._pumps.get(number)
                 if pump is not None and isinstance(pump.link, _Outlet):
                     pump.link.put(parts)
+                elif number in self._quics:
+                    self._quics[number].send(parts)
+                    self._look_in(_QUICK_SECONDS)
             event = machine.next_event()
             if event is None:
                 break
-            self._on_event(event)
+            if self._mover.passes(event):
+                self._on_event(event)
+        if machine.active != self._last_active:
+            self._last_active = machine.active
+            if machine.active is not None:
+                self._mover.opened(time.monotonic_ns(), quic=machine.active in self._quics)
         self._arm()
         self._on_settled()
 
@@ -185,23 +205,138 @@ class _Driver:
         else:
             self._arm()
 
+    def _look_in(self, seconds: float) -> None:
+        """Has `_look` called in so many seconds, or before."""
+        due = self._loop.time() + seconds
+        if self._watch.cancelled() or due < self._watch.when():
+            self._watch.cancel()
+            self._watch = self._loop.call_at(due, self._look)
+
     def _look(self) -> None:
         """Looks for bytes that the network does not acknowledge."""
-        owed = self.machine.input.end > self.machine.input.base
-        self._watch = self._loop.call_later(_BUSY_SECONDS if owed else _IDLE_SECONDS, self._look)
+        self._watch.cancel()
         number = self.machine.active
+        quic = self._quics.get(number) if number is not None else None
+        now = time.monotonic_ns()
+        self._look_for_quic(now, quic)
+        owed = self.machine.input.end > self.machine.input.base
+        quick = self._mover.migrating or self._mover.unsettled or (quic is not None and quic.channel.busy)
+        self._look_in(_QUICK_SECONDS if quick else _BUSY_SECONDS if owed else _IDLE_SECONDS)
+        if quic is not None:
+            reason = self._mover.stuck(quic.channel, now)
+            quic.arm()
+            if reason:
+                self.suspect(reason)
+            return
         pump = self._pumps.get(number) if number is not None else None
         if pump is None or pump.socket.family == socket.AF_UNIX:
             return
         if self._acks_of != number:
             self._acks_of = number if number is not None else -1
             self._acks = AckWatch()
-        if self._acks.waiting_ms(tcp_state(pump.socket), time.monotonic_ns()) >= _STUCK_MS:
+        if self._acks.waiting_ms(tcp_state(pump.socket), now) >= _STUCK_MS:
             self.suspect("the network does not acknowledge")
+
+    def _look_for_quic(self, now: int, active: QuicPump | None) -> None:
+        """Begins a QUIC connection beside one over TCP, and gives it up if it takes too long."""
+        held = self._mover.late(now)
+        if held is not None:
+            self._on_event(held)
+            self._on_settled()
+        standby = self._quics.get(STANDBY)
+        if standby is not None:
+            if now >= self._standby_until:
+                self._mover.standby_failed(standby.channel, now)
+                self._quic_close(STANDBY)
+        elif self._mover.wants_standby(now, quic=active is not None):
+            self._standby_until = now + STANDBY_SECONDS * SECOND
+            if not self._dial_quic(STANDBY):
+                self.endpoint.ways.remember(False, now)
+
+    def network_changed(self) -> None:
+        """Migrates what goes over QUIC; what goes over TCP is suspect."""
+        number = self.machine.active
+        quic = self._quics.get(number) if number is not None else None
+        if quic is not None:
+            if self._mover.migrate(quic.channel, time.monotonic_ns()):
+                quic.rewatch()
+            quic.arm()
+            self._look_in(_QUICK_SECONDS)
+        if quic is None or self._mover.troubled:
+            self.endpoint.ways.renew()
+            self.suspect("the network changed")
+
+    # ---- QUIC --------------------------------------------------------------------------------------------------
+
+    def _dial_quic(self, number: int) -> bool:
+        ways = self.endpoint.ways
+        make = ways.channel
+        if make is None:
+            return False
+        family, address = ways.target()
+        if isinstance(address, str):
+            return False
+        try:
+            channel = make(family, address, ways.ca)
+        except OSError:
+            return False
+        self._mover.tried |= number != STANDBY
+        from sterna.transport.quic_client import QuicPump
+
+        self._quics[number] = QuicPump(self._around.reactor, channel, number, self._tended)
+        return True
+
+    def _take_standby(self, number: int) -> bool:
+        """Gives the connection that is established already to the machine."""
+        quic = self._quics.get(STANDBY)
+        if quic is None or not quic.channel.established or quic.channel.over:
+            return False
+        del self._quics[STANDBY]
+        self._quics[number] = quic
+        quic.number = number
+        self._opened.add(number)
+        self.machine.established(number, time.monotonic_ns())
+        return True
+
+    def _tended(self, quic: QuicPump, data: bytes) -> None:
+        """Tells the machine what came over a QUIC connection, and what became of it."""
+        number, channel, now = quic.number, quic.channel, time.monotonic_ns()
+        if self.closed or self._quics.get(number) is not quic:
+            return
+        if data and number in self._opened:
+            self.run(lambda: self.machine.receive(number, data, now))
+            if self._quics.get(number) is not quic:
+                return
+        if channel.over or channel.ended:
+            opened = number in self._opened
+            self._quic_close(number)
+            if number == STANDBY:
+                self.endpoint.ways.remember(False, now)
+            elif opened:
+                reason = channel.over or "the node closed the connection"
+                self.run(lambda: self.machine.lost(number, now, reason))
+            else:
+                self.run(lambda: self._dial_tcp(number))  # what stands behind it then is said of TCP
+        elif channel.established and number not in self._opened:
+            if number != STANDBY:
+                self._opened.add(number)
+                self.run(lambda: self.machine.established(number, now))
+            elif self._mover.ready(now):
+                self.run(lambda: self._mover.move(now))
+
+    def _quic_close(self, number: int) -> None:
+        self._opened.discard(number)
+        self._quics.pop(number).close()
 
     # ---- sockets -----------------------------------------------------------------------------------------------
 
     def _dial(self, number: int) -> None:
+        if self._take_standby(number):
+            return
+        if not (self.endpoint.ways.over_quic() and self._dial_quic(number)):
+            self._dial_tcp(number)
+
+    def _dial_tcp(self, number: int) -> None:
         addresses = self.endpoint.addresses
         family, address = addresses[self._turn % len(addresses)]
         self._turn += 1
@@ -231,10 +366,10 @@ class _Driver:
         else:
             self.run(lambda: self._open(number, sock))
 
-    def _open(self, number: int, sock: socket.socket) -> None:
+    def _open(self, number: int, plain: socket.socket) -> None:
         context = self.endpoint.context
+        sock = plain if context is None else TlsSocket(plain, context)
         if context is not None:
-            sock = context.wrap_socket(sock, do_handshake_on_connect=False)
             self._shaking.add(number)
             self.machine.connected(number, time.monotonic_ns())
         pump = Pump(
@@ -252,6 +387,12 @@ class _Driver:
         self.run(lambda: self.machine.established(number, time.monotonic_ns()))
 
     def _drop(self, number: int) -> None:
+        quic = self._quics.get(number)
+        if quic is not None:
+            if number in self._opened:
+                quic.send(self.machine.farewell(number))
+            self._quic_close(number)
+            return
         sock = self._connecting.pop(number, None)
         if sock is not None:
             self._loop.remove_writer(sock.fileno())

@@ -90,7 +90,8 @@ class Attach:
         driver.watch(terminal.in_fd, _IN, self._keys)
         try:
             while not (self._left or self._error or (self._close is not None and not self._queue)):
-                self._driver.turn(self._status.next_timeout())
+                # Nothing is drawn while output waits for the terminal: then its time is no reason to wake up.
+                self._driver.turn(None if self._queue else self._status.next_timeout())
                 self._tick()
             self._write(self._status.end())
             if self._close is not None:

@@ -21,7 +21,7 @@ from sterna.protocol.messages import CONTEXT_CONNECT, Call, ConnectBody, Result,
 from sterna.trust.device import DeviceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 TIMEOUT_SECONDS = 10.0
@@ -212,17 +212,26 @@ def _refusal(error: messages.Error) -> RefusedError:
     return RefusedError(code, text, retry_after=error.retry_after, address=address, value=error.value)
 
 
-def pick(sessions: list[dict[str, Any]], which: str) -> dict[str, Any]:
-    """Returns the session that a script means: by its name or uid, else the latest one of the agent with that name.
+def pick(sessions: list[dict[str, Any]], which: str, agents: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Returns the session that a script means: by its uid, its name, or the latest one of the agent with that name.
 
-    `sessions` is what the node lists; one that goes on is preferred to one that ended. Raises RefusedError if none
-    fits.
+    `sessions` and `agents` are what the node lists; one that goes on is preferred to one that ended. Where a session
+    of one agent is called as another agent is, that other agent's session is meant: nobody shall type into a program
+    of an agent that was not named. Raises RefusedError if none fits.
     """
     for session in sessions:
-        if which in (session["name"], session["uid"]):
+        if session["uid"] == which:
             return session
+    named = next((session for session in sessions if session["name"] == which), None)
+    if named is not None and named["agent"] == which:
+        return named
     of_agent = [session for session in sessions if session["agent"] == which]
-    if not of_agent:
+    if of_agent:
+        return max(of_agent, key=lambda session: (session["state"] != "exited", session["changed"]))
+    if named is None:
         text = f"There is no session or agent {which[:80]!r}: `sterna ls` shows what there is."
         raise RefusedError(Code.NOT_FOUND, text)
-    return max(of_agent, key=lambda session: (session["state"] != "exited", session["changed"]))
+    if any(agent["name"] == which for agent in agents):
+        text = f"The agent {which!r} has no session, and the one so called is another agent's: give its uid."
+        raise RefusedError(Code.NOT_FOUND, text)
+    return named

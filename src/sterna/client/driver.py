@@ -11,19 +11,136 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sterna.client.endpoint import Endpoint, unreachable
 from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
-from sterna.protocol.client import ClientMachine, Dial, Event
-from sterna.units import MILLISECOND
+from sterna.protocol.client import ClientMachine, Dial, Event, Trouble
+from sterna.units import MILLISECOND, SECOND
+
+if TYPE_CHECKING:
+    from sterna.transport.quic_client import QuicChannel
 
 _READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
 _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-_WATCH_BUSY, _WATCH_IDLE = 100 * MILLISECOND, 1000 * MILLISECOND
+_WATCH_QUICK, _WATCH_BUSY, _WATCH_IDLE = 50 * MILLISECOND, 100 * MILLISECOND, 1000 * MILLISECOND
 _STUCK_MS = 200
+_QUIET_MS = 250
+_PROBE_MS = 150
+STANDBY = 0
+"""The number of a connection that is not the machine's yet; the machine counts from 1."""
+STANDBY_SECONDS = 2
+_MIGRATION_MS = 150
+_SETTLED = SECOND
+_MOVING = "the session goes over to QUIC"
 _IN, _OUT = select.POLLIN, select.POLLOUT
 _ANY_ERROR = select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+
+class Mover:
+    """When a session goes over to QUIC, and how it gets over a change of address there: the same for all drivers.
+
+    A session that runs over TCP is asked for a connection beside it (`wants_standby`), goes over once that is
+    established, and nobody is told of it unless it takes long. Times are monotonic nanoseconds.
+    """
+
+    __slots__ = ("_began", "_endpoint", "_held", "_machine", "_moving", "_settled", "migrating", "tried", "troubled")
+
+    def __init__(self, machine: ClientMachine, endpoint: Endpoint) -> None:
+        self._machine = machine
+        self._endpoint = endpoint
+        self._settled = self._began = 0
+        self._moving = False
+        self._held: Trouble | None = None
+        self.migrating = 0
+        self.troubled = False
+        self.tried = False
+
+    def wants_standby(self, now: int, *, quic: bool) -> bool:
+        """Tells whether a QUIC connection is to be made beside the active one; loads QUIC once the session is settled.
+
+        `quic` says that the active one goes over QUIC already.
+        """
+        ways = self._endpoint.ways
+        if not ways.targets or self._machine.active is None or self.troubled or quic:
+            self._settled = 0
+            return False
+        self._settled = self._settled or now
+        if now - self._settled < (0 if ways.works else _SETTLED) or now < ways.retry_at:
+            return False
+        ways.load()
+        return ways.channel is not None
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether to look again soon: QUIC is being loaded, or a move is on its way."""
+        ways = self._endpoint.ways
+        return self._moving or (self._settled > 0 and ways.loading and not ways.retry_at)
+
+    def standby_failed(self, standby: QuicChannel, now: int) -> None:
+        """Notes that a standby was not used in time."""
+        self._endpoint.ways.remember(False, now)
+
+    def ready(self, now: int) -> bool:
+        """Tells whether the session may go over to the standby, which is established now, and was not told to."""
+        self._endpoint.ways.remember(True, now)
+        return not self._moving and not self.troubled and self._machine.active is not None
+
+    def move(self, now: int) -> None:
+        """Takes the session over to the standby."""
+        self._moving = True
+        self._began = now
+        self._machine.suspect(now, _MOVING)
+
+    def opened(self, now: int, *, quic: bool) -> None:
+        """Notes which way carries the session after a race."""
+        self._endpoint.ways.won(quic=quic, tried=self.tried, now=now)
+        self.tried = False
+
+    def passes(self, event: Event) -> bool:
+        """Tells whether the user gets an event now: that a move has begun is no news."""
+        if isinstance(event, Trouble):
+            self.troubled = event.since is not None
+            if event.since is None:
+                self._moving = False
+                self._held = None
+            elif self._moving:
+                self._held = event
+                return False
+        return True
+
+    def late(self, now: int) -> Trouble | None:
+        """Returns what was held back of a move that takes long."""
+        if self._held is None or now - self._began < _QUIET_MS * MILLISECOND:
+            return None
+        held, self._held, self._moving = self._held, None, False
+        return held
+
+    def migrate(self, channel: QuicChannel, now: int) -> bool:
+        """Brings the active QUIC connection to our new address; True says that its descriptor is another one now."""
+        self._endpoint.ways.renew()
+        self.migrating = now
+        try:
+            return channel.migrate()
+        except OSError:
+            self.migrating = 0
+            return False  # no way to the node now: the next change may bring one
+
+    def stuck(self, channel: QuicChannel, now: int) -> str:
+        """Returns why the active QUIC connection is suspect, or "": no answer to a migration, or to what was sent."""
+        if self.migrating:
+            if channel.answered:
+                self.migrating = 0
+            elif now - self.migrating >= _MIGRATION_MS * MILLISECOND:
+                self.migrating = 0
+                return "the network changed"
+            return ""
+        channel.watch(_PROBE_MS)
+        if channel.waiting_ms(now) >= max(_STUCK_MS, 3 * channel.rtt_ms):
+            self._endpoint.ways.remember(False, now)
+            return "the network does not acknowledge"
+        return ""
 
 
 class _Channel:
@@ -62,6 +179,12 @@ class PollDriver:
         self._acks = AckWatch()
         self._acks_of = -1
         self._next_watch = 0
+        self._mover = Mover(machine, endpoint)
+        self._quics: dict[int, QuicChannel] = {}
+        self._quic_fds: dict[int, int] = {}  # descriptors and the numbers of their connections
+        self._opened: set[int] = set()  # the numbers of those that the machine knows as established
+        self._standby_until = 0
+        self._last_active: int | None = None
 
     # ---- other descriptors -------------------------------------------------------------------------------------
 
@@ -91,8 +214,14 @@ class PollDriver:
             self._send_all()
             event = machine.next_event()
             if event is None:
-                return
-            self._on_event(event)
+                break
+            if self._mover.passes(event):
+                self._on_event(event)
+        active = machine.active
+        if active != self._last_active:
+            self._last_active = active
+            if active is not None:
+                self._mover.opened(time.monotonic_ns(), quic=active in self._quics)
 
     def _send_all(self) -> None:
         for number, parts in self.machine.data_to_send():
@@ -100,6 +229,10 @@ class PollDriver:
             if channel is not None:
                 channel.out.extend(parts)
                 self._send(channel)
+            elif (quic := self._quics.get(number)) is not None:
+                quic.send(parts)
+                self._next_watch = min(self._next_watch, time.monotonic_ns() + _WATCH_QUICK)
+                self._tend(number, quic)
 
     def turn(self, until: int | None = None) -> None:
         """Waits for the next thing to happen, at most until `until` (monotonic nanoseconds), and deals with it."""
@@ -110,6 +243,10 @@ class PollDriver:
             due = until
         if self._addresses is not None and (due is None or self._next_watch < due):
             due = self._next_watch
+        for quic in self._quics.values():
+            timer = quic.next_timeout()
+            if timer is not None and (due is None or timer < due):
+                due = timer
         wait = None if due is None else max(0, -((now - due) // MILLISECOND))
         ready = self._poll.poll(wait)
         for fd, events in ready:
@@ -120,10 +257,15 @@ class PollDriver:
                 channel = self._channels.get(fd)
                 if channel is not None:
                     self._ready(channel, events)
+                elif fd in self._quic_fds:
+                    self._quic_ready(self._quic_fds[fd], events)
         # What came goes on its way first: a key and its echo wait for this.
         self.settle()
         now = time.monotonic_ns()
         if (due is not None and now >= due) or now >= self._next_watch:
+            for number, quic in list(self._quics.items()):
+                quic.handle_timeout(now)
+                self._tend(number, quic)
             self.machine.handle_timeout(now)
             if now >= self._next_watch:
                 self._look_around(now)
@@ -131,16 +273,24 @@ class PollDriver:
 
     def _look_around(self, now: int) -> None:
         """Looks for the machine's sleep and for bytes that the network does not acknowledge."""
+        number = self.machine.active
+        quic = self._quics.get(number) if number is not None else None
         owed = self.machine.input.end > self.machine.input.base
-        self._next_watch = now + (_WATCH_BUSY if owed else _WATCH_IDLE)
+        quick = self._mover.migrating or self._mover.unsettled or (quic is not None and quic.busy)
+        self._next_watch = now + (_WATCH_QUICK if quick else _WATCH_BUSY if owed else _WATCH_IDLE)
         if self._addresses is None:
             self._addresses = AddressWatch()
             if self._addresses.fileno() >= 0:
                 self.watch(self._addresses.fileno(), _IN, self._address_event)
+        self._look_for_quic(now, quic)
         if self._sleep.slept(now, time.clock_gettime_ns(time.CLOCK_BOOTTIME)):
             self.machine.suspect(now, "the machine slept")
             return
-        number = self.machine.active
+        if quic is not None:
+            reason = self._mover.stuck(quic, now)
+            if reason:
+                self.machine.suspect(now, reason)
+            return
         channel = self._numbers.get(number) if number is not None else None
         if channel is None or channel.sock.family == socket.AF_UNIX:
             return
@@ -150,13 +300,119 @@ class PollDriver:
         if self._acks.waiting_ms(tcp_state(channel.sock), now) >= _STUCK_MS:
             self.machine.suspect(now, "the network does not acknowledge")
 
+    def _look_for_quic(self, now: int, active: QuicChannel | None) -> None:
+        """Begins a QUIC connection beside one over TCP, and gives it up if it takes too long."""
+        held = self._mover.late(now)
+        if held is not None:
+            self._on_event(held)
+        if STANDBY in self._quics:
+            if now >= self._standby_until:
+                self._mover.standby_failed(self._quics[STANDBY], now)
+                self._quic_close(STANDBY)
+        elif self._mover.wants_standby(now, quic=active is not None):
+            self._standby_until = now + STANDBY_SECONDS * SECOND
+            if not self._dial_quic(STANDBY):
+                self.endpoint.ways.remember(False, now)
+
     def _address_event(self, _events: int) -> None:
-        if self._addresses is not None and self._addresses.changed():
-            self.machine.suspect(time.monotonic_ns(), "the network changed")
+        if self._addresses is None or not self._addresses.changed():
+            return
+        now = time.monotonic_ns()
+        number = self.machine.active
+        quic = self._quics.get(number) if number is not None else None
+        if number is not None and quic is not None:
+            old = quic.fileno()
+            if self._mover.migrate(quic, now):
+                self._poll.unregister(old)
+                del self._quic_fds[old]
+                self._register(number, quic)
+            self._next_watch = min(self._next_watch, now + _WATCH_QUICK)
+            self._tend(number, quic)
+        if quic is None or self._mover.troubled:
+            self.endpoint.ways.renew()
+            self.machine.suspect(now, "the network changed")
+
+    # ---- QUIC --------------------------------------------------------------------------------------------------
+
+    def _dial_quic(self, number: int) -> bool:
+        ways = self.endpoint.ways
+        family, address = ways.target()
+        make = ways.channel
+        if make is None or isinstance(address, str):
+            return False
+        try:
+            quic = make(family, address, ways.ca)
+        except OSError:
+            return False
+        self._mover.tried |= number != STANDBY
+        self._quics[number] = quic
+        self._register(number, quic)
+        self._tend(number, quic)
+        return True
+
+    def _register(self, number: int, quic: QuicChannel) -> None:
+        self._quic_fds[quic.fileno()] = number
+        self._poll.register(quic.fileno(), _IN)
+
+    def _take_standby(self, number: int) -> bool:
+        """Gives the connection that is established already to the machine."""
+        quic = self._quics.get(STANDBY)
+        if quic is None or not quic.established or quic.over:
+            return False
+        del self._quics[STANDBY]
+        self._quics[number] = quic
+        self._quic_fds[quic.fileno()] = number
+        self._tend(number, quic)
+        return True
+
+    def _quic_ready(self, number: int, events: int) -> None:
+        quic = self._quics[number]
+        if events & _OUT:
+            quic.flush()
+        data = quic.receive()
+        if data and number in self._opened:
+            self.machine.receive(number, data, time.monotonic_ns())
+        self._tend(number, quic)
+
+    def _tend(self, number: int, quic: QuicChannel) -> None:
+        """Tells the machine what became of a QUIC connection, and sets what it is polled for."""
+        if self._quics.get(number) is not quic:
+            return
+        now = time.monotonic_ns()
+        if quic.over or quic.ended:
+            opened = number in self._opened
+            self._quic_close(number)
+            if number == STANDBY:
+                self.endpoint.ways.remember(False, now)
+            elif opened:
+                self.machine.lost(number, now, quic.over or "the node closed the connection")
+            else:
+                self._dial_tcp(number)  # what stands behind it then is said of TCP
+            return
+        if quic.established and number not in self._opened:
+            if number != STANDBY:
+                self._opened.add(number)
+                self.machine.established(number, now)
+            elif self._mover.ready(now):
+                self._mover.move(now)
+        self._poll.modify(quic.fileno(), _IN | _OUT if quic.wants_write else _IN)
+
+    def _quic_close(self, number: int) -> None:
+        quic = self._quics.pop(number)
+        self._opened.discard(number)
+        del self._quic_fds[quic.fileno()]
+        self._poll.unregister(quic.fileno())
+        quic.close()
 
     # ---- sockets -----------------------------------------------------------------------------------------------
 
     def _dial(self, number: int) -> None:
+        if self._take_standby(number):
+            return
+        if not (self.endpoint.ways.over_quic() and self._dial_quic(number)):
+            self._dial_tcp(number)
+
+    def _dial_tcp(self, number: int) -> None:
         addresses = self.endpoint.addresses
         family, address = addresses[self._turn % len(addresses)]
         self._turn += 1
@@ -178,6 +434,11 @@ class PollDriver:
         return f"The node at {self.endpoint.name} cannot be reached: {os.strerror(code)}."
 
     def _drop(self, number: int) -> None:
+        quic = self._quics.get(number)
+        if quic is not None:
+            quic.send(self.machine.farewell(number) if number in self._opened else [])
+            self._quic_close(number)
+            return
         channel = self._numbers.get(number)
         if channel is None:
             return
@@ -304,6 +565,8 @@ class PollDriver:
         self.settle()
         for channel in list(self._numbers.values()):
             self._close(channel)
+        for number in list(self._quics):
+            self._quic_close(number)
         if self._addresses is not None and self._addresses.fileno() >= 0:
             self.unwatch(self._addresses.fileno())
             self._addresses.close()

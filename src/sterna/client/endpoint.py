@@ -5,19 +5,32 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import sys
+import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sterna import paths
-from sterna.errors import ConnectionLostError, TrustError, UsageError
+from sterna.errors import ConnectionLostError, SternaError, TrustError, UsageError
 from sterna.ids import NodeId, SessionUid
 from sterna.trust.fingerprint import fingerprint
 from sterna.trust.links import ShareLink, is_link, parse_link
 from sterna.trust.local import read_local_token
 from sterna.trust.pins import Pin, PinStore, changed, judge, local_pin, peer_of, probe_context
+from sterna.units import SECOND
+
+if TYPE_CHECKING:
+    from sterna.transport.quic_client import QuicChannel
 
 DEFAULT_PORT = 7220
+DEFAULT_QUIC_PORT = 7221
 LOCAL_SOCKET = "node.sock"
+WAYS_FILE = "known_ways"
+WAYS_MAX = 1_024
+WAYS_FILE_MAX_BYTES = 512 * 1024
 _PROBE_SECONDS = 10.0
+_QUIC_MODULE = "sterna.transport.quic_client"
+_REST, _REST_MAX = 60 * SECOND, 3600 * SECOND
 
 Address = tuple[int, tuple[object, ...] | str]
 """A socket family and what connect(2) takes for it."""
@@ -30,10 +43,11 @@ class Endpoint:
     """One node as a client reaches it.
 
     `addresses` are tried in turn; `context` is None for the node's own Unix socket; `credential` is a token or ticket.
-    `place` is host, port and the file that says which node is known there, if it was given so.
+    `place` is host, port and the file that says which node is known there, if it was given so. `ways` knows how it may
+    be reached over QUIC.
     """
 
-    __slots__ = ("addresses", "context", "credential", "name", "node_id", "place", "session", "watch")
+    __slots__ = ("addresses", "context", "credential", "name", "node_id", "place", "session", "watch", "ways")
 
     def __init__(
         self, name: str, addresses: list[Address], node_id: NodeId, *, context: ssl.SSLContext | None, credential: str
@@ -46,6 +60,146 @@ class Endpoint:
         self.session: SessionUid | None = None
         self.watch = False
         self.place: tuple[str, int, str] | None = None
+        self.ways = Ways()
+
+
+class Ways:
+    """Whether the next connection to a node goes over QUIC or TCP: QUIC first where it works, TCP close behind.
+
+    The first connection goes over TCP until QUIC is imported, which takes longer than that, and known to work.
+    `targets` are the node's UDP addresses, none where QUIC is off; `ca` its own certificate. What was found is kept in
+    the file `path` under `key` for the next program. Times are monotonic nanoseconds.
+    """
+
+    __slots__ = (
+        "_connected", "_key", "_loading", "_path", "_rest", "_tries", "_turn", "ca", "retry_at", "targets", "works",
+    )  # fmt: skip
+
+    def __init__(self, targets: list[Address] | None = None, ca: bytes = b"", *, path: str = "", key: str = "") -> None:
+        self.targets = targets or []
+        self.ca = ca
+        self._path = path
+        self._key = key
+        self.works: bool | None = None
+        self.retry_at = 0
+        self._rest = _REST
+        self._tries = self._turn = 0
+        self._loading = self._connected = False
+        if self.targets and path:
+            self._recall()
+
+    @property
+    def channel(self) -> type[QuicChannel] | None:
+        """What makes QUIC connections, None while it is not loaded or there is no use for it."""
+        module = sys.modules.get(_QUIC_MODULE) if self.targets else None
+        # While another thread imports it, the module is there without its content.
+        return getattr(module, "QuicChannel", None)
+
+    @property
+    def loading(self) -> bool:
+        """Whether QUIC is being imported."""
+        return self._loading and bool(self.targets) and self.channel is None
+
+    def load(self) -> None:
+        """Begins to import QUIC in a thread, so that nobody waits for it."""
+        if self.targets and not self._loading:
+            self._loading = True
+            if _QUIC_MODULE not in sys.modules:
+                import threading
+
+                threading.Thread(target=self._import, daemon=True).start()
+
+    def _import(self) -> None:
+        try:
+            import sterna.transport.quic_client  # noqa: F401  # it is taken from the table of modules
+        except ImportError:
+            self.targets = []  # QUIC is not there: everything goes over TCP
+
+    def target(self) -> Address:
+        """Returns the UDP address that is next in turn."""
+        self._turn += 1
+        return self.targets[self._turn % len(self.targets)]
+
+    def over_quic(self) -> bool:
+        """Tells whether the next attempt of a race goes over QUIC: each second one, the first where it may work.
+
+        Where nothing is known yet, no program starts later because of QUIC.
+        """
+        if self.channel is None:
+            return False
+        self._tries += 1
+        first = self.works or (self.works is None and self._connected)
+        return self._tries % 2 == (1 if first else 0)
+
+    def won(self, *, quic: bool, tried: bool, now: int) -> None:
+        """Notes that a race is over: over QUIC, or over TCP although QUIC was `tried` before."""
+        self._tries = 0
+        self._connected = True
+        if quic:
+            self.remember(True, now)
+        elif tried:
+            self.remember(False, now)
+
+    def remember(self, works: bool, now: int) -> None:
+        """Notes whether QUIC works; where it does not, it is tried again after a minute, later after an hour."""
+        if works:
+            self._rest = _REST
+        else:
+            self.retry_at = now + self._rest
+            self._rest = min(self._rest * 2, _REST_MAX)
+        if works is not self.works:
+            self.works = works
+            self._keep(works)
+
+    def renew(self) -> None:
+        """Forgets that QUIC did not work: we are in another network."""
+        self.retry_at = 0
+        self._rest = _REST
+        self.works = self.works or None
+
+    def _recall(self) -> None:
+        try:
+            lines = (paths.read_private(self._path, WAYS_FILE_MAX_BYTES) or b"").decode("ascii").splitlines()
+        except (SternaError, UnicodeDecodeError):
+            return  # it only saves time
+        for line in lines:
+            key, _, word = line.partition(" ")
+            if key == self._key and word in ("quic", "tcp"):
+                self.works = word == "quic"
+                if not self.works:
+                    self.retry_at = time.monotonic_ns() + _REST
+
+    def _keep(self, works: bool) -> None:
+        if not self._path:
+            return
+        try:
+            content = (paths.read_private(self._path, WAYS_FILE_MAX_BYTES) or b"").decode("ascii", "replace")
+            lines = [line for line in content.splitlines() if not line.startswith(self._key + " ")]
+            lines.append(f"{self._key} {'quic' if works else 'tcp'}")
+            content = "".join(f"{line}\n" for line in lines[-WAYS_MAX:])
+            paths.atomic_write(self._path, content.encode("ascii", "replace"))
+        except (SternaError, OSError):
+            pass  # it only saves time
+
+
+def _ways(endpoint: Endpoint, pin: Pin, host: str, port: int, quic_port: int | None, state: str | None) -> Ways:
+    """Returns the ways to a node: QUIC on `quic_port`, else $STERNA_QUIC_PORT, else 7221; 0: never.
+
+    Where no port is named, only other machines are tried: on this one there is no network that QUIC could survive.
+    """
+    if quic_port is None:
+        named = os.environ.get("STERNA_QUIC_PORT", "")
+        quic_port = int(named) if named.isdigit() and int(named) < 65_536 else None
+    targets: list[Address] = []
+    for family, address in endpoint.addresses:
+        guess = 0 if str(address[0]).startswith(("127.", "::1")) else DEFAULT_QUIC_PORT
+        found = guess if quic_port is None else quic_port
+        if found and not pin.system:
+            targets.append((family, (address[0], found, *address[2:])))
+    if not targets:
+        return Ways()
+    path = os.path.join(client_state(state), WAYS_FILE)
+    return Ways(targets, pin.ca, path=path, key=_joined(host, port))
 
 
 def state_of_node(state: str | None) -> str:
@@ -80,15 +234,16 @@ def find(
     port: int | None = None,
     link: str | None = None,
     token: str | None = None,
+    quic_port: int | None = None,
 ) -> Endpoint:
     """Returns the node that is meant, ready to be dialled.
 
     A link names everything; `host` goes over TCP and TLS, with the local node's certificate and token if `state` holds
     that node; `port` alone means 127.0.0.1; none of them the node of this user on this machine, over its Unix socket.
-    Raises SternaError with what to do.
+    `quic_port` is its UDP port (0: no QUIC; None: $STERNA_QUIC_PORT, else 7221). Raises SternaError with what to do.
     """
     if link is not None:
-        return _by_link(parse_link(link), state)
+        return _by_link(parse_link(link), state, quic_port)
     if host is None and port is not None:
         host = "127.0.0.1"
     node_state = state_of_node(state)
@@ -100,14 +255,16 @@ def find(
         if not credential:
             raise UsageError(f"Reaching {host} needs an access token: use a share link, or set STERNA_TOKEN.")
         own = not token and not os.environ.get("STERNA_TOKEN")
-        return _by_address(host, port or DEFAULT_PORT, state, credential, pin, own=own)
+        return _by_address(host, port or DEFAULT_PORT, state, credential, pin, own=own, quic_port=quic_port)
     path = os.path.join(node_state, LOCAL_SOCKET)
     if pin is None or not os.path.exists(path):
         raise UsageError("No node runs here: start one with `sterna up`, or name a host or a share link.")
     return Endpoint("this machine", [(socket.AF_UNIX, path)], pin.node_id, context=None, credential=credential)
 
 
-def _by_address(host: str, port: int, state: str | None, credential: str, local: Pin | None, *, own: bool) -> Endpoint:
+def _by_address(
+    host: str, port: int, state: str | None, credential: str, local: Pin | None, *, own: bool, quic_port: int | None
+) -> Endpoint:
     """Returns the node at an address: `own` says that it must be this user's; with a token it may be anybody's."""
     addresses = resolve(host, port)
     path = state_of_node(state)
@@ -118,6 +275,7 @@ def _by_address(host: str, port: int, state: str | None, credential: str, local:
         path = store.path
     endpoint = Endpoint(_joined(host, port), addresses, pin.node_id, context=pin.context(), credential=credential)
     endpoint.place = host, port, path
+    endpoint.ways = _ways(endpoint, pin, host, port, quic_port, state)
     return endpoint
 
 
@@ -125,7 +283,7 @@ def _joined(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _by_link(link: ShareLink, state: str | None) -> Endpoint:
+def _by_link(link: ShareLink, state: str | None, quic_port: int | None) -> Endpoint:
     if link.ticket is None:
         raise UsageError(
             "This link has no ticket: quote it ('sterna://…'), as the shell cuts it at each &, or ask for a new one."
@@ -140,6 +298,7 @@ def _by_link(link: ShareLink, state: str | None) -> Endpoint:
     endpoint.place = link.host, port, store.path
     endpoint.session = link.session
     endpoint.watch = link.mode == "watch"
+    endpoint.ways = _ways(endpoint, pin, link.host, port, quic_port, state)
     return endpoint
 
 

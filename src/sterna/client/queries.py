@@ -1,4 +1,4 @@
-"""Removes from a session's output what a terminal would answer, and what writes the user's clipboard.
+"""Removes from a session's output what a terminal would answer, and what writes the clipboard or commands kitty.
 
 Only the last typist's terminal may answer queries, and never to replayed output (docs/protocol.md, section 4): an
 answer would reach the program as typed input. Sources: ECMA-48, the VT500 parser (vt100.net/emu/dec_ansi_parser),
@@ -28,27 +28,45 @@ _CSI = rb"(?:" + _PARAMETERS + rb"[cnpqxtuSwyvR|]|\?" + _PARAMETERS + rb"m)"
 _OSC = rb"(?P<number>" + _NUMBER + rb")(?!\Z)"
 _DCS = _PARAMETERS + rb"[qQ]"
 _APC = rb"G(?P<keys>[^\x07\x18\x1a\x1b\xc2;]*+)(?=[\x07\x18\x1a\x1b\xc2;])"
+# kitty's remote control commands the terminal; what else it has of this kind it answers.
+_KITTY = rb"@kitty-(?=(?P<remote>cmd)|(?!(?:cm?)?\Z))"
+_KITTY_BEGUN = rb"@(?:k(?:i(?:t(?:t(?:y(?:-(?:cm?)?)?)?)?)?)?)?"
 # The sequences that full screens are made of are left out early: that is nine times as fast.
 _COMMON = rb"\[(?:[0-9;]*+[mHKJABCDGLMPXd]|\?[0-9;]*+[hl])"
 
 # What replayed output alone needs is compiled when it is first used: the import is on the way to the first answer.
-_FIND_CLIPBOARD = rb"\x1b(?!\[)" + _I + rb"(?:(?P<osc>\]" + _OSC + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;))"
+_FIND_CLIPBOARD = (
+    rb"\x1b(?!\[)"
+    + _I
+    + rb"(?:(?P<osc>\]"
+    + _OSC
+    + rb")|P(?:(?P<tmux>"
+    + _PARAMETERS
+    + rb"tmux;)|(?P<kitty>"
+    + _PARAMETERS
+    + _KITTY
+    + rb")))"
+)
 _FIND_QUERIES = (
     rb"\x1b(?!" + _COMMON + rb")" + _I + rb"(?:(?P<csi>\[" + _CSI + rb")|(?P<osc>\]" + _OSC + rb")|(?P<decid>Z)"
-    rb"|(?P<dcs>P" + _DCS + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;)|(?P<apc>_" + _APC + rb"))"
+    rb"|(?P<dcs>P" + _DCS + rb")|P(?P<tmux>" + _PARAMETERS + rb"tmux;)|P(?P<kitty>" + _PARAMETERS + _KITTY + rb")"
+    rb"|(?P<apc>_" + _APC + rb"))"
 )
 # The same for output with UTF-8 encoded C1 controls, which xterm, VTE and WezTerm obey as introducers.
 _FIND_C1 = re.compile(rb"\xc2(?:[\x80-\x9f]|\Z)")
 _C1 = (
+    # The look ahead is what the search is fast by.
+    rb"(?=[\x1b\xc2])(?:"
     rb"(?P<csi>(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _CSI + rb")|(?P<osc>(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _OSC + rb")"
     rb"|(?P<decid>\x1b" + _I + rb"Z|\xc2\x9a)|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _DCS + rb")"
     rb"|(?P<tmux>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"tmux;)"
-    rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)" + _APC + rb")"
+    rb"|(?P<kitty>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + _KITTY + rb")"
+    rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)" + _APC + rb"))"
 )
 _INCOMPLETE = (
     rb"(?:(?P<esc>\xc2|\x1b" + _I + rb")|(?P<csi>(?:\x1b" + _I + rb"\[|\xc2\x9b)" + _PARAMETERS + rb")"
     rb"|(?P<osc>(?:\x1b" + _I + rb"\]|\xc2\x9d)" + _NUMBER + rb")"
-    rb"|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"(?:tmux|tmu|tm|t)?)"
+    rb"|(?P<dcs>(?:\x1b" + _I + rb"P|\xc2\x90)" + _PARAMETERS + rb"(?:tmux|tmu|tm|t|" + _KITTY_BEGUN + rb")?)"
     rb"|(?P<apc>(?:\x1b" + _I + rb"_|\xc2\x9f)(?:G[^\x07\x18\x1a\x1b\xc2;]*+)?))\Z"
 )
 # Where an incomplete sequence that is too long may begin: nothing that follows may begin another one.
@@ -66,6 +84,14 @@ _QUERY_CSI = (
     rb"|[\d:;]*(?:[&$,]u|'\||#[|RS]|\$w|\*y|\"v|\+x)"  # DEC and xterm state reports
 )
 _BODY = rb"[^\x07\x18\x1a\x1b\xc2]*+(?:\xc2(?![\x80-\x9f]|\Z)[^\x07\x18\x1a\x1b\xc2]*+)*+"
+# What is left unfinished at the end, by the introducer; C1 controls count as well, but end nothing that ESC began.
+_OPEN_ESC = (
+    rb"(\x1b)" + _I + rb"(?:(\[)" + _PARAMETERS + rb"|(\])[^\x07\x18\x1a]*+|([PX^_])[^\x18\x1a]*+"
+    rb"|([ -/])[\x00-\x17\x19\x1c-/\x7f]*+)?\Z"
+)
+_OPEN_C1 = rb"(?:(\xc2\x9b)" + _PARAMETERS + rb"|(\xc2\x9d)[^\x07\x18\x1a]*+|(\xc2[\x90\x98\x9e\x9f])[^\x18\x1a]*+)\Z"
+_C1_INTRODUCERS = (b"\xc2\x90", b"\xc2\x98", b"\xc2\x9b", b"\xc2\x9d", b"\xc2\x9e", b"\xc2\x9f")
+_ST = b"\x1b\\"
 _STRING_END = re.compile(rb"[\x07\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
 _LONG_STRING_END = re.compile(rb"[\x18\x1a\x1b]|\xc2(?:[\x80-\x9f]|\Z)")
 # What ends the rest of an over-long escape or control sequence: its final byte, a cancel, or what begins another.
@@ -97,15 +123,18 @@ class QueryFilter:
     kin) write, and in live mode read, the clipboard. At most SEQUENCE_HELD_MAX_BYTES of a sequence that is not
     complete are held back; one that is longer before it tells what it is, is dropped whole. Raw
     8-bit C1 controls are not looked for: in UTF-8 they are parts of characters. A tmux passthrough (DCS tmux;) is
-    dropped unless the clipboard is opted in and the mode is live, because it can hide either.
+    dropped unless the clipboard is opted in and the mode is live, because it can hide either. kitty's remote control
+    is dropped in all modes, what else kitty answers (DCS @kitty-) in all but live. ST takes the place of what is
+    dropped in the middle of another sequence: else what stands before and after it could make a new one.
     """
 
-    __slots__ = ("_held", "_skipping", "clipboard", "mode")
+    __slots__ = ("_held", "_open", "_skipping", "clipboard", "mode")
 
     def __init__(self, mode: str = LIVE, *, clipboard: bool = False) -> None:
         self.mode = mode
         self.clipboard = clipboard
         self._held = b""
+        self._open = b""  # the introducer of what the output so far is in the middle of
         self._skipping = _GROUND
 
     @property
@@ -116,32 +145,38 @@ class QueryFilter:
     def feed(self, data: bytes) -> bytes:
         """Returns what may go to the terminal; `data` itself when there is nothing to look at in it."""
         live = self.mode == LIVE
-        if not self._held and not self._skipping:
-            if live and self.clipboard:
-                return data
-            if b"\x1b" not in data and (b"\xc2" not in data or not _FIND_C1.search(data)):
-                return data if live else _without_enquiry(data)
-        return self._filter(self._held + data if self._held else data, live)
+        begun = self._held or self._skipping
+        if not begun and b"\x1b" not in data and (b"\xc2" not in data or not _FIND_C1.search(data)):
+            if self._open:
+                self._open = _open(self._open + data, 0, len(self._open) + len(data))
+            return data if live else _without_enquiry(data)
+        data = self._held + data if self._held else data
+        return self._filter(data if live else _without_enquiry(data), live)
 
     def flush(self) -> bytes:
         """Returns what is held back, because no more output comes, and starts afresh."""
         held = b"" if self._skipping else self._held
-        self._held = b""
+        self._held = self._open = b""
         self._skipping = _GROUND
         return held if self.mode == LIVE else _without_enquiry(held)
 
     def _filter(self, data: bytes, live: bool) -> bytes:
         self._held = b""
         kept: list[bytes] = []
-        search = _searcher(data, live)
+        c1 = bool(_FIND_C1.search(data))
+        search = _searcher(c1, live)
         passed = scanned = self._skip(data, 0) if self._skipping else 0
-        long = self._overlong(data, scanned, live)
-        while not self._skipping and ((found := search(data, scanned)) or long):
+        found, long = search(data, scanned), _overlong(data, scanned, c1)
+        while not self._skipping and (found or long):
+            # What was found is looked for again only behind it: else many long sequences would take quadratic time.
+            if found and found.start() < scanned:
+                found = search(data, scanned)
+                continue
             if long and long.start() < scanned:
-                long = self._overlong(data, scanned, live)
+                long = _overlong(data, scanned, c1)
                 continue
             if long and (found is None or long.start() <= found.start()):
-                kept.append(data[passed : long.start()])
+                self._keep(kept, data, passed, long.start(), dropping=True)
                 self._skipping = _REST[long.lastgroup or "esc"]
                 passed = scanned = self._skip(data, long.end())
                 continue
@@ -150,7 +185,7 @@ class QueryFilter:
             verdict = self._judge(found, data, live)
             if verdict == _PASS:
                 continue
-            kept.append(data[passed : found.start()])
+            self._keep(kept, data, passed, found.start(), dropping=verdict != _UNDECIDED)
             passed = found.start()
             if verdict == _UNDECIDED:
                 break
@@ -165,28 +200,32 @@ class QueryFilter:
                 last = max(scanned, len(data) - SEQUENCE_HELD_MAX_BYTES)
                 rest = re.compile(_INCOMPLETE).search(data, max(last, data.rfind(b"\x1b", last)))
                 stop = rest.start() if rest else len(data)
-                kept.append(data[passed:stop])
+                self._keep(kept, data, passed, stop)
                 passed = stop
         if not self._held:
             self._held = data[passed:]
-        result = b"".join(kept)
-        return result if live else _without_enquiry(result)
+        return b"".join(kept)
 
-    def _overlong(self, data: bytes, start: int, live: bool) -> re.Match[bytes] | None:
-        """Finds a sequence that could still be anything after SEQUENCE_HELD_MAX_BYTES: terminals skip padding."""
-        if len(data) - start <= SEQUENCE_HELD_MAX_BYTES or (live and self.clipboard):
-            return None
-        for begin in _long_starts(data, start):
-            end = begin + SEQUENCE_HELD_MAX_BYTES + 1
-            if end <= len(data) and (found := re.compile(_INCOMPLETE).match(data, begin, end)):
-                return found
-        return None
+    def _keep(self, kept: list[bytes], data: bytes, start: int, end: int, *, dropping: bool = False) -> None:
+        """Keeps a part of `data`, and ends what it leaves unfinished if what follows is dropped."""
+        if start < end:
+            kept.append(data[start:end])
+            if self._open:
+                piece = self._open + kept[-1]
+                self._open = _open(piece, 0, len(piece))
+            else:
+                self._open = _open(data, start, end)
+        if dropping and self._open:
+            kept.append(_ST)
+            self._open = b""
 
     def _judge(self, found: re.Match[bytes], data: bytes, live: bool) -> int:
         """Returns _PASS, _UNDECIDED, or what to be in the middle of after dropping the match."""
+        kind = found.lastgroup
+        if kind == "kitty":
+            return _SKIP_STRING if not live or found["remote"] else _PASS
         if live and self.clipboard:
             return _PASS
-        kind = found.lastgroup
         if live and kind not in ("osc", "tmux"):
             return _PASS
         if kind == "osc":
@@ -250,15 +289,39 @@ class QueryFilter:
         return len(data)
 
 
-def _searcher(data: bytes, live: bool) -> Callable[[bytes, int], re.Match[bytes] | None]:
-    if _FIND_C1.search(data):
+def _open(data: bytes, start: int, end: int) -> bytes:
+    """Returns the introducers of what data[start:end] leaves unfinished, for C1 controls obeyed and not."""
+    begin = data.rfind(b"\x1b", start, end)
+    found = re.compile(_OPEN_ESC).match(data, begin, end) if begin >= 0 else None
+    opened = b"".join(filter(None, found.groups())) if found else b""
+    if data.find(b"\xc2", max(begin, start), end) >= 0:
+        last = max(data.rfind(introducer, max(begin, start), end) for introducer in _C1_INTRODUCERS)
+        found = re.compile(_OPEN_C1).match(data, last, end) if last >= 0 else None
+        opened += b"".join(filter(None, found.groups())) if found else b""
+        opened += b"\xc2" if data[end - 1] == 0xC2 else b""
+    return opened
+
+
+def _searcher(c1: bool, live: bool) -> Callable[[bytes, int], re.Match[bytes] | None]:
+    if c1:
         return re.compile(_C1).search
     return re.compile(_FIND_CLIPBOARD).search if live else re.compile(_FIND_QUERIES).search
 
 
-def _long_starts(data: bytes, start: int) -> Iterator[int]:
+def _overlong(data: bytes, start: int, c1: bool) -> re.Match[bytes] | None:
+    """Finds a sequence that could still be anything after SEQUENCE_HELD_MAX_BYTES: terminals skip padding."""
+    if len(data) - start <= SEQUENCE_HELD_MAX_BYTES:
+        return None
+    for begin in _long_starts(data, start, c1):
+        end = begin + SEQUENCE_HELD_MAX_BYTES + 1
+        if end <= len(data) and (found := re.compile(_INCOMPLETE).match(data, begin, end)):
+            return found
+    return None
+
+
+def _long_starts(data: bytes, start: int, c1: bool) -> Iterator[int]:
     """Yields where sequences begin that are not interrupted for SEQUENCE_HELD_MAX_BYTES."""
-    if _FIND_C1.search(data):
+    if c1:
         yield from (found.start() for found in re.compile(_LONG).finditer(data, start))
         return
     begin = data.find(b"\x1b", start)

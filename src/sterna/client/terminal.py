@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 PIECE_MAX_BYTES = 16_384
-_TURNS = 16  # how often `write` waits for a terminal that is taking a long piece, …
-_TURN_MS = 2  # … and for how long: a PTY takes 8 KiB at a time, at once again while it is read
 BLOCKING_PIECE_MAX_BYTES = 512  # a descriptor that poll() calls writable takes this much without blocking for long
 READ_MAX_BYTES = 65_536
 RESTORE_MAX_MS = 500
-SEQUENCE_CARRIED_MAX_BYTES = 64
+SEQUENCE_CARRIED_MAX_BYTES = 4_096  # without what terminals skip in it; parameters beyond are cut off
 DEFAULT_SIZE = (80, 24)
 
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
+# C0 controls that terminals skip or carry out inside a sequence; DEL is skipped too.
+_C0 = rb"[\x00-\x17\x19\x1c-\x1f\x7f]"
+_PARAMETERS = rb"[\x00-\x17\x19\x1c-\x3f\x7f]*+"
+_NUMBER = rb"[\x00-\x06\x08-\x17\x19\x1c-\x1f\x7f0-9]*+"
+# The sequences that full screens are made of are left out early: that is several times as fast.
+_UNCOMMON = rb"\x1b(?!\[[0-;]*+(?:m|[HKJABCDGLMPXd]))"
 _MODES = (
-    # The sequences that full screens are made of are left out early: that is several times as fast.
-    rb"\x1b(?!\[[0-9;]*+[mHKJABCDGLMPXd])(?:"
-    rb"\[\?(?P<private>[0-9;]+)(?P<set>[hl])"
+    _UNCOMMON + rb"(?:"
+    rb"\[\?(?P<private>[0-9;]*+)(?P<set>[hlsr])"
     rb"|\[(?P<ansi>[0-9;]+)(?P<on>[hl])"
     rb"|\[(?P<region>[0-9;]*)r"
     rb"|\[(?P<shape>[0-9]*) q"
@@ -43,22 +46,39 @@ _MODES = (
     rb"|\[>(?P<resource>[0-9]+)(?P<modifier>;[0-9]*)?m"
     rb"|(?P<soft>\[!p)|(?P<full>c)|(?P<keypad>[=>])"
     rb"|(?P<slot>[()*+])(?P<charset>[0-~])"
-    rb"|\](?P<colour>4|1[0-2]);(?!\?|\Z)|\]1(?P<default>04|1[0-2])(?=[;\x07\x1b])"
-    rb"|(?P<link>\]8;)"
+    rb"|\]0*(?:(?P<colour>4|1[0-2]);(?!\?|\Z)|1(?P<default>04|1[0-2])(?=[;\x07\x1b])|(?P<link>8;))"
     rb"|(?P<save>7|\[s)|(?P<restore>8|\[u)"
+    # Any of these with controls in it: the only match without a group.
+    rb"|(?:(?=(?:\]?[0-9]*+|[\[()*+]?[\x20-\x3f]*+)" + _C0 + rb")" + _C0 + rb"*+"
+    rb"(?:\[" + _PARAMETERS + rb"[hlmpqrsu]|\]" + _NUMBER + rb"(?=;)|[()*+]" + _C0 + rb"*+[0-~]|[c=>78]))"
     rb")"
 )
 _SHIFTS_AND_MODES = rb"(?P<shift>[\x0e\x0f])|" + _MODES
+# What may become one of these; what a sequence in the middle of a string is introduced by ends the string.
+_UNFINISHED = rb"\x1b" + _C0 + rb"*+(?:\[" + _PARAMETERS + rb"|\]" + _NUMBER + rb";?|[()*+]" + _C0 + rb"*+)?\Z"
+# xterm, VTE and WezTerm obey UTF-8 encoded C1 controls. Like a control inside, a NUL marks what not all obey.
+_C1 = rb"\xc2(?:[\x9b-\x9d]|\Z)"
+_AS_C0 = ((b"\xc2\x9b", b"\x1b\0["), (b"\xc2\x9d", b"\x1b\0]"), (b"\xc2\x9c", b"\x1b\\"))
+_CONTROLS = bytes((*range(0x20), 0x7F))
+_SHIFT_OUT = 0x0E
+_BUT_SHIFTS = bytes(byte for byte in range(0x100) if byte not in b"\x0e\x0f")
+_NUMBER_MAX_BYTES = 5
+_LEADING_ZEROS = rb"(?<![0-9])0+(?=[0-9])"
 
 _CURSOR_KEYS, _REVERSE, _ORIGIN, _WRAP, _CURSOR, _MARGINS, _SYNCHRONIZED = 1, 5, 6, 7, 25, 69, 2026
+_ANSI_NOT_VT52, _REPEAT = 2, 8
 _MOUSE_AND_FOCUS = frozenset((9, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016))
 _SCREENS = (47, 1047, 1049)
 _SAVING = (1048, 1049)
+_KEYS_AND_REPORTS = (66, 2004, 2031, 2048, 9001)
 _OFF_AT_FIRST = frozenset(
-    (_CURSOR_KEYS, _REVERSE, _ORIGIN, 66, _MARGINS, *_MOUSE_AND_FOCUS, 2004, _SYNCHRONIZED, 2031, 2048, *_SCREENS)
+    (_CURSOR_KEYS, _REVERSE, _ORIGIN, _MARGINS, *_MOUSE_AND_FOCUS, *_KEYS_AND_REPORTS, _SYNCHRONIZED, *_SCREENS)
 )
-_ON_AT_FIRST = frozenset((_WRAP, _CURSOR))
+_ON_AT_FIRST = frozenset((_ANSI_NOT_VT52, _REPEAT, _WRAP, _CURSOR))
 _INSERT, _NEWLINE = 4, 20
+# Undone whatever was seen, as it does no harm: mouse reports, a locked keyboard (KAM), local echo (SRM reset).
+_ALWAYS_OFF = frozenset((1000, 1002, 1003, 1006))
+_ALWAYS = b"\x1b[2l\x1b[12h"
 
 
 class TerminalGoneError(SternaError):
@@ -70,18 +90,19 @@ class TerminalGoneError(SternaError):
 class ModeTracker:
     """Knows which modes the output so far may have left on, from one regex search per piece of output.
 
-    Any split of the output gives the same result. What is wrong only for a reset that was cut in the middle stays
-    on the safe side: a mode that may be on counts as on.
+    Any split of the output gives the same result. A mode that may be on counts as on: what only some terminals obey
+    (controls inside a sequence, C1 controls in UTF-8, XTRESTORE) turns modes on, but none off.
     """
 
     __slots__ = (
         "_ansi", "_carried", "_charsets", "_colours", "_keypad", "_kitty_depth", "_kitty_set", "_link", "_replay",
-        "_resources", "_saved", "_seen", "_shape", "_shifted", "_unsure", "changed", "region",
+        "_resources", "_saved", "_seen", "_shape", "_shifted", "_stored", "_unsure", "changed", "region",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._carried = b""
         self._seen = False
+        self._stored: dict[int, bool] = {}  # by XTSAVE: whether a private mode was not as at first
         self._reset()
 
     def _reset(self) -> None:
@@ -153,75 +174,80 @@ class ModeTracker:
 
     def feed(self, data: bytes) -> None:
         """Takes output as it was written to the terminal."""
-        if self._carried and self._carry_on(data):
-            return
+        if self._carried:
+            data, self._carried = self._carried + data, b""
+        if b"\xc2" in data and re.compile(_C1).search(data):
+            if data.endswith(b"\xc2"):
+                self._carried, data = b"\xc2", data[:-1]
+            for encoded, meant in _AS_C0:
+                data = data.replace(encoded, meant)
         shifts = self._shifted or b"\x0e" in data
         if not shifts and b"\x1b" not in data:
             return
         self._seen = True
-        last = -1
-        for found in re.compile(_SHIFTS_AND_MODES if shifts else _MODES).finditer(data):
-            self._note(found)
-            last = max(last, data.find(b"\x1b", found.start(), found.end()))  # a shift is no sequence
-        start = data.rfind(b"\x1b", max(0, len(data) - SEQUENCE_CARRIED_MAX_BYTES))
-        if start >= 0 and start != last:
-            self._carried = data[start:]
+        first = None if shifts else re.compile(_UNCOMMON).search(data)
+        if not shifts and first is None:
+            return
+        pattern = re.compile(_SHIFTS_AND_MODES if shifts else _MODES)
+        for found in pattern.finditer(data, first.start() if first else 0):
+            if found.lastgroup is None:
+                self._note_odd(found[0])
+            else:
+                self._note(found)
+        start = data.rfind(b"\x1b")
+        if start >= 0 and re.compile(_UNFINISHED).match(data, start):
+            self._carried = _normal(data[start:])[:SEQUENCE_CARRIED_MAX_BYTES] + self._carried
 
-    def _carry_on(self, data: bytes) -> bool:
-        """Continues the sequence that earlier output ended in; returns whether `data` is used up by that."""
-        joined = self._carried + data[:SEQUENCE_CARRIED_MAX_BYTES]
-        found = re.compile(_MODES).match(joined)
+    def _note_odd(self, sequence: bytes) -> None:
+        """Notes a sequence with controls in it: the shifts are carried out, the others ignored."""
+        for control in sequence.translate(None, _BUT_SHIFTS):
+            self._shifted = control == _SHIFT_OUT
+        # What follows the number of an OSC is a semicolon and not yet known.
+        found = re.compile(_MODES).match(sequence[:1] + sequence.translate(None, _CONTROLS) + b";_")
         if found:
-            self._note(found)
-        elif (
-            b"\x1b" not in data
-            and b"\x0e" not in data
-            and not self._shifted
-            and len(joined) <= SEQUENCE_CARRIED_MAX_BYTES
-        ):
-            self._carried = joined
-            return True
-        self._carried = b""
-        return False
+            self._note(found, sure=False)
 
-    def _note(self, found: re.Match[bytes]) -> None:
+    def _note(self, found: re.Match[bytes], *, sure: bool = True) -> None:
         self._replay = None
         if found.lastgroup == "shift":
             self._shifted = found["shift"] == b"\x0e"
-        elif found["private"]:
-            for number in _numbers(found["private"]):
-                self._note_private(number, found["set"] == b"h")
+        elif found["set"]:
+            self._note_private(found["set"], _numbers(found["private"]), sure)
         elif found["ansi"]:
-            change = self._ansi.update if found["on"] == b"h" else self._ansi.difference_update
-            change(number for number in _numbers(found["ansi"]) if number in (_INSERT, _NEWLINE))
+            self._note_ansi(found["on"] == b"h", _numbers(found["ansi"]), sure)
         elif found["region"] is not None:
-            self.region = found["region"].strip(b";") and found["region"]
+            region = found["region"].strip(b";") and re.sub(_LEADING_ZEROS, b"", found["region"])
+            self.region = region if sure else region or self.region
         elif found["shape"] is not None:
-            self._shape = bool(found["shape"].strip(b"0"))
+            self._shape = bool(found["shape"].strip(b"0")) or (self._shape and not sure)
         elif found["kitty"]:
-            self._note_kitty(found["kitty"], found["flags"])
+            self._note_kitty(found["kitty"], found["flags"], sure)
         elif found["resource"]:
-            changed = (found["modifier"] or b"").strip(b";0")
-            (self._resources.add if changed else self._resources.discard)(found["resource"])
+            resource = found["resource"].lstrip(b"0")[:_NUMBER_MAX_BYTES] or b"0"
+            if (found["modifier"] or b"").strip(b";0"):
+                self._resources.add(resource)
+            elif sure:
+                self._resources.discard(resource)
         elif found["slot"]:
-            self._charsets[found["slot"]] = b"" if found["charset"] == b"B" else found["charset"]
+            if sure or found["charset"] != b"B":
+                self._charsets[found["slot"]] = b"" if found["charset"] == b"B" else found["charset"]
         elif found["colour"]:
             self._colours.add(found["colour"])
-        elif found["default"]:
-            self._colours.discard(b"4" if found["default"] == b"04" else found["default"])
         elif found["keypad"]:
-            self._keypad = found["keypad"] == b"="
+            self._keypad = found["keypad"] == b"=" or (self._keypad and not sure)
         elif found["link"]:
             self._link = True
         elif found["soft"]:
             # Terminals differ in what DECSTR resets, so what was on may be on.
             self._unsure |= bool(self.changed or self._ansi or any(self._charsets.values()) or self._shifted)
-        elif found["full"]:
-            self._reset()
         elif found["save"]:
             self._save()
         elif found["restore"]:
             self._restore()
+        elif sure and found["default"]:
+            self._colours.discard(b"4" if found["default"] == b"04" else found["default"])
+        elif sure and found["full"]:
+            self._reset()
 
     def _save(self) -> None:
         self._saved[self.alternate] = (_ORIGIN in self.changed, dict(self._charsets), self._shifted)
@@ -229,28 +255,50 @@ class ModeTracker:
     def _restore(self) -> None:
         origin, self._charsets, self._shifted = self._saved.get(self.alternate, (False, {}, False))
         self._charsets = dict(self._charsets)
-        self._note_private(_ORIGIN, origin)
+        self._switch(_ORIGIN, origin)
 
-    def _note_private(self, number: int, on: bool) -> None:
+    def _note_private(self, action: bytes, numbers: list[int], sure: bool) -> None:
+        if action in b"hl":
+            for number in numbers:
+                self._switch(number, action == b"h", sure)
+        elif action == b"s":
+            for number in numbers or (_OFF_AT_FIRST | _ON_AT_FIRST):
+                if number in _OFF_AT_FIRST or number in _ON_AT_FIRST:
+                    self._stored[number] = number in self.changed or (not sure and self._stored.get(number, False))
+        else:
+            for number in numbers or sorted(self._stored):
+                # What was never stored is off then, in xterm.
+                if self._stored.get(number, number in _ON_AT_FIRST):
+                    self._switch(number, number in _OFF_AT_FIRST, False)
+
+    def _note_ansi(self, on: bool, numbers: list[int], sure: bool) -> None:
+        named = {number for number in numbers if number in (_INSERT, _NEWLINE)}
+        if on:
+            self._ansi |= named
+        elif sure:
+            self._ansi -= named
+
+    def _switch(self, number: int, on: bool, sure: bool = True) -> None:
+        """Notes a private mode; unless `sure`, it may also be what it was."""
         if number in _SAVING and on:
             self._save()
         if number in _OFF_AT_FIRST if on else number in _ON_AT_FIRST:
             self.changed.add(number)
-        else:
+        elif sure:
             self.changed.discard(number)
         if number in _SAVING and not on:
             self._restore()
 
-    def _note_kitty(self, kind: bytes, flags: bytes) -> None:
+    def _note_kitty(self, kind: bytes, flags: bytes, sure: bool) -> None:
         screen = self.alternate
         first = next(iter(_numbers(flags)), 0)
         if kind == b">":
             self._kitty_depth[screen] += 1
         elif kind == b"<":
-            self._kitty_depth[screen] = max(0, self._kitty_depth[screen] - max(1, first))
+            self._kitty_depth[screen] = max(0, self._kitty_depth[screen] - max(1, first) * sure)
         elif first:
             self._kitty_set.add(screen)
-        else:
+        elif sure:
             self._kitty_set.discard(screen)
 
     @property
@@ -264,10 +312,11 @@ class ModeTracker:
             return b""
         # ST ends a string that the output may have been cut in; elsewhere it does nothing.
         parts = [b"\x1b\\"]
-        off = sorted(self.changed & (_OFF_AT_FIRST - {_ORIGIN, _MARGINS, *_SCREENS}))
+        parts += [b"\x1b<"] if _ANSI_NOT_VT52 in self.changed else []
+        off = sorted(_ALWAYS_OFF | self.changed & (_OFF_AT_FIRST - {_ORIGIN, _MARGINS, *_SCREENS}))
         parts += [b"\x1b[?%dl" % number for number in off]
         parts += [b"\x1b[?%dh" % number for number in sorted(self.changed & _ON_AT_FIRST)]
-        parts += [b"\x1b[%dl" % number for number in sorted(self._ansi)]
+        parts += [_ALWAYS, *(b"\x1b[%dl" % number for number in sorted(self._ansi))]
         parts += [b"\x1b[>%bm" % resource for resource in sorted(self._resources)]
         parts += [b"\x1b>"] if self._keypad else []
         parts += [b"\x1b%bB" % slot for slot, charset in sorted(self._charsets.items()) if charset]
@@ -294,7 +343,14 @@ class ModeTracker:
 
 
 def _numbers(parameters: bytes) -> list[int]:
-    return [int(part) for part in parameters.split(b";") if 0 < len(part) <= 5]
+    parts = (part.lstrip(b"0") or part[:1] for part in parameters.split(b";"))
+    return [int(part) for part in parts if 0 < len(part) <= _NUMBER_MAX_BYTES]
+
+
+def _normal(sequence: bytes) -> bytes:
+    """Returns an unfinished sequence without leading zeros and with one NUL, behind ESC, for all controls in it."""
+    rest = sequence[1:].translate(None, _CONTROLS)
+    return b"\x1b" + b"\0" * (len(rest) + 1 < len(sequence)) + re.sub(_LEADING_ZEROS, b"", rest)
 
 
 class Terminal:
@@ -430,7 +486,7 @@ class Terminal:
 
     def _write(self, data: bytes) -> int:
         view = memoryview(data)
-        written, turns = 0, _TURNS
+        written = 0
         piece = BLOCKING_PIECE_MAX_BYTES if self._blocking else PIECE_MAX_BYTES
         while written < len(data):
             if self._blocking and not _writable(self._out):
@@ -438,23 +494,13 @@ class Terminal:
             try:
                 count = os.write(self.out_fd, view[written : written + piece])
             except BlockingIOError:
-                count = 0
+                break
             except OSError as error:
                 raise TerminalGoneError("The terminal is gone; the session goes on, attach again to return.") from error
             written += count
-            if count < piece and written < len(data):
-                turns -= 1
-                if self._blocking or turns < 0 or not self._takes_more():
-                    break
+            if count < piece:
+                break
         return written
-
-    def _takes_more(self) -> bool:
-        """Waits until the terminal takes more; False if something else comes first, or nothing for a moment."""
-        poller = select.poll()
-        poller.register(self.in_fd, select.POLLIN)
-        poller.register(self.wake_fd, select.POLLIN)
-        poller.register(self.out_fd, select.POLLOUT)  # last, in case that it is the same descriptor as the first
-        return poller.poll(_TURN_MS) == [(self.out_fd, select.POLLOUT)]
 
     def _open_output(self) -> None:
         """Opens the terminal once more: O_NONBLOCK on the shared open file would break the shell that started us."""

@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sterna import limits, paths
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import DRAINING_TEXT, Code
+from sterna.errors import DRAINING_TEXT, Code, UsageError
+from sterna.ids import DeviceId
 from sterna.journal.journal import Journal
+from sterna.node.callqueue import CallQueue
 from sterna.node.calls import Calls
 from sterna.node.clients import ClientConnection
-from sterna.node.config import NodeConfig
+from sterna.node.config import QUIC_PORT, NodeConfig
 from sterna.node.database import WAL_MAX_BYTES
 from sterna.node.doorkeeper import Doorkeeper
 from sterna.node.pods import Pod, PodRegistry, Port
@@ -27,20 +31,27 @@ from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.session import Session
 from sterna.protocol.states import State
-from sterna.transport.listen import Listener, peer_uid, tcp_socket, unix_socket
+from sterna.transport.listen import Accepted, Listener, peer_uid, tcp_socket, unix_socket
 from sterna.transport.pump import Conduit, Owner, Pump, Reactor
 from sterna.transport.ticker import Ticker
+from sterna.transport.tls import TlsSocket
 from sterna.trust.local import create_local_token
-from sterna.trust.node_identity import NodeIdentity
+from sterna.trust.node_identity import CHAIN_FILE, LEAF_FILE, NodeIdentity
+from sterna.trust.tls import ALPN
 from sterna.trust.tokens import Access, TokenFile, TokenKey
 from sterna.units import MILLISECOND, SECOND
+
+if TYPE_CHECKING:
+    from sterna.transport.quic import QuicListener
 
 log = logging.getLogger("sterna.node")
 
 T = TypeVar("T")
 
 LOCAL_SOCKET = "node.sock"
+_PEM_MAX_BYTES = 1024 * 1024
 _SWEEP_SECONDS = 1.0
+_FILES_KEPT = 1024
 _EVICT_EVERY = 5
 _HOUSEKEEP_EVERY = 60
 _RENEW_EVERY = 86_400
@@ -77,10 +88,18 @@ class Node:
         self.table.on_lost = self._soon
         self.registry = PodRegistry(self.sockets, self.table, self.reactor, self.ticker, config.tenants())
         self.calls = Calls(self)
+        self.call_queue = CallQueue(self.reactor)
         self.connections: set[ClientConnection] = set()
         self._unproved: dict[ClientConnection, None] = {}
+        self._guests: dict[ClientConnection, DeviceId] = {}
+        self._guest_counts: Counter[DeviceId] = Counter()
+        # What else has files open here (the journal, the store, pods) must find room beside the clients.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._connections_max = min(limits.CONNECTIONS_MAX, files - min(_FILES_KEPT, files // 4))
         self._listeners: list[Listener] = []
+        self._secured: dict[Listener, str] = {}
         self._tls: Listener | None = None
+        self._quic: QuicListener | None = None
         self._sweeps = 0
         self._timer: asyncio.TimerHandle | None = None
         self._checkpointing: asyncio.Future[bool] | None = None
@@ -99,20 +118,65 @@ class Node:
     def start(self) -> None:
         """Listens, and looks for pods; UsageError when an address cannot be had."""
         self._end_of_boot()
-        context = self.identity.server_context(certificate=self.config.tls_cert, key=self.config.tls_key)
-        tcp = tcp_socket(self.config.host, self.config.port)
-        try:
-            local = unix_socket(self._local_path)
-        except BaseException:
-            tcp.close()
-            raise
-        self._tls = Listener(
-            self.reactor, tcp, self._remote, context=context, per_address=self.config.unauthenticated_per_address
-        )
-        self._listeners = [self._tls, Listener(self.reactor, local, self._local)]
+        self._tls = self.listen(tcp_socket(self.config.host, self.config.port), self._remote, ALPN)
+        self._listeners.append(Listener(self.reactor, unix_socket(self._local_path), self._local))
+        if self.config.quic_port:
+            self._quic = self._listen_quic()
         self.registry.start()
         self._timer = self.reactor.loop.call_later(_SWEEP_SECONDS, self._sweep)
         log.info("node started", extra={"host": self.address[0], "port": self.address[1]})
+
+    def listen(self, sock: socket.socket, accepted: Accepted, alpn: str) -> Listener:
+        """Takes TLS connections of a listening socket, with the node's certificate and its bounds, until `close`."""
+        try:
+            listener = Listener(
+                self.reactor, sock, accepted, context=self._context(alpn),
+                per_address=self.config.unauthenticated_per_address,
+            )  # fmt: skip
+        except BaseException:
+            sock.close()
+            raise
+        self._secured[listener] = alpn
+        self._listeners.append(listener)
+        return listener
+
+    def _listen_quic(self) -> QuicListener | None:
+        """Takes QUIC connections; where the usual port is in use, TCP has to do."""
+        from sterna.transport.quic import QuicListener, server_configuration, udp_socket
+
+        config = self.config
+        try:
+            sock = udp_socket(config.host, config.quic_port)
+        except UsageError as error:
+            if config.quic_port != QUIC_PORT:
+                raise
+            log.warning("no QUIC", extra={"reason": str(error)})
+            return None
+        try:
+            return QuicListener(
+                self.reactor, sock, self.adopt, server_configuration(self._pem()),
+                per_address=config.unauthenticated_per_address, unproved_max=config.unauthenticated_max,
+            )  # fmt: skip
+        except BaseException:
+            sock.close()
+            raise
+
+    def _pem(self) -> bytes:
+        """Returns the certificates that TLS presents, and their key."""
+        config = self.config
+        if config.tls_cert is None:
+            files = [os.path.join(self.directory, LEAF_FILE)]
+        else:
+            files = [os.path.join(self.directory, CHAIN_FILE), config.tls_key or config.tls_cert]
+        content = b""
+        for path in files:
+            with open(path, "rb") as file:
+                content += file.read(_PEM_MAX_BYTES) + b"\n"
+        return content
+
+    def _context(self, alpn: str) -> ssl.SSLContext:
+        config = self.config
+        return self.identity.server_context(certificate=config.tls_cert, key=config.tls_key, alpn=(alpn,))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -123,12 +187,12 @@ class Node:
     @property
     def silent(self) -> int:
         """How many accepted connections have not sent anything yet."""
-        return self._tls.silent if self._tls is not None else 0
+        return sum(listener.silent for listener in self._secured)
 
     @property
     def evicted(self) -> int:
         """How many of those were closed to make room, or because they stayed silent."""
-        return self._tls.evicted if self._tls is not None else 0
+        return sum(listener.evicted for listener in self._secured)
 
     def _end_of_boot(self) -> None:
         """After a restart of the machine no program lives on: its sessions are named as ended, never replaced."""
@@ -145,8 +209,8 @@ class Node:
                             self.store.set_end(row.number, int(Code.AGENT_LOST), reason, None, None, b"", wall)
         self.store.set_meta("boot", boot)
 
-    def _remote(self, sock: socket.socket, peer: str) -> None:
-        self._take(sock, peer, handshake=isinstance(sock, ssl.SSLSocket), local=False)
+    def _remote(self, sock: socket.socket | TlsSocket, peer: str) -> None:
+        self._take(sock, peer, handshake=isinstance(sock, TlsSocket), local=False)
 
     def _local(self, sock: socket.socket, _peer: str) -> None:
         _pid, uid = peer_uid(sock)
@@ -155,7 +219,7 @@ class Node:
             return
         self._take(sock, "local", handshake=False, local=True)
 
-    def _take(self, sock: socket.socket, peer: str, *, handshake: bool, local: bool) -> None:
+    def _take(self, sock: socket.socket | TlsSocket, peer: str, *, handshake: bool, local: bool) -> None:
         def carry(link: Link, owner: Owner) -> Conduit:
             return Pump(self.reactor, sock, link, owner, peer=peer, handshake=handshake)
 
@@ -164,7 +228,7 @@ class Node:
 
     def adopt(self, carry: Callable[[Link, Owner], Conduit], *, local: bool = False) -> bool:
         """Takes a client's connection, whatever carries it; False, and nothing is begun, when there are too many."""
-        if len(self.connections) >= limits.CONNECTIONS_MAX:
+        if len(self.connections) >= self._connections_max + (limits.LOCAL_CONNECTIONS_RESERVED if local else 0):
             return False
         connection = ClientConnection(self, carry, local=local)
         self.accepted += 1
@@ -181,9 +245,23 @@ class Node:
         """Notes that somebody on a connection proved who they are."""
         self._unproved.pop(connection, None)
 
+    def admits(self, connection: ClientConnection, device: DeviceId) -> bool:
+        """Counts a connection of somebody whom a link let in; False when the device has too many."""
+        if connection not in self._guests:
+            if self._guest_counts[device] >= limits.GUEST_CONNECTIONS_MAX:
+                return False
+            self._guests[connection] = device
+            self._guest_counts[device] += 1
+        return True
+
     def gone(self, connection: ClientConnection, reason: str) -> None:
         """Forgets a connection that ended."""
         self.connections.discard(connection)
+        guest = self._guests.pop(connection, None)
+        if guest is not None:
+            self._guest_counts[guest] -= 1
+            if not self._guest_counts[guest]:
+                del self._guest_counts[guest]
         self._unproved.pop(connection, None)
         if self.draining and not self.connections:
             self._all_gone.set()
@@ -205,8 +283,12 @@ class Node:
         if self._sweeps % _HOUSEKEEP_EVERY == 0 or self.store.wal_bytes() > WAL_MAX_BYTES:
             self._checkpoint()
         if self._sweeps % _RENEW_EVERY == 0 and self.identity.renew(now_s=SYSTEM_CLOCK.wall() // SECOND):
-            assert self._tls is not None
-            self._tls.context = self.identity.server_context(certificate=self.config.tls_cert, key=self.config.tls_key)
+            for listener, alpn in self._secured.items():
+                listener.context = self._context(alpn)
+            if self._quic is not None:
+                from sterna.transport.quic import server_configuration
+
+                self._quic.configuration = server_configuration(self._pem())
 
     def _checkpoint(self) -> None:
         """Brings the store onto the disk beside the loop; a log that grew long meanwhile would hold writers up."""
@@ -301,6 +383,8 @@ class Node:
         await self.registry.close()
         for connection in list(self.connections):
             connection.pump.abort("the node stops")
+        if self._quic is not None:
+            self._quic.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._local_path)
         self.store.close()

@@ -12,9 +12,10 @@ import msgspec
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, RefusedError, SternaError
-from sterna.ids import DeviceId, check_name, clean_label
+from sterna.ids import DeviceId, check_name, clean_label, uid_of
 from sterna.node.doorkeeper import Visitor
-from sterna.node.store import REVOKED_TEXT, SessionRow
+from sterna.node.store import DEVICES_PER_TENANT_MAX, REVOKED_TEXT, DeviceRow, SessionRow
+from sterna.node.table import AGENT_NAME_TEXT
 from sterna.protocol import messages
 from sterna.protocol.states import Cause, State
 from sterna.trust.tickets import new_ticket
@@ -29,6 +30,7 @@ _VALUE_MAX_BYTES = limits.PAYLOAD_MAX_BYTES - 1024
 _TOKEN_TTL_MAX_SECONDS = 10 * 365 * 86_400
 # Of a signed token, and of one in a token file (sterna.trust.tokens).
 _TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
+_DEVICE_ID = re.compile("[0-9a-f]{64}")
 _TTL_MAX_SECONDS = 30 * 86_400
 
 
@@ -117,18 +119,25 @@ class Calls:
 
     def _list(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
         store = self._node.store
-        rows = store.sessions(visitor.tenant, None, page.after, _PAGE)
+        if visitor.session is not None:
+            row = store.session(visitor.session)
+            rows = [row] if row is not None and row.number > page.after else []
+            pod = self._node.registry.pod(visitor.tenant, row.agent) if row is not None else None
+            pods = [pod] if pod is not None else []
+        else:
+            rows = store.sessions(visitor.tenant, None, page.after, _PAGE)
+            pods = self._node.pods(visitor.tenant)[:_PAGE]
         shown = [
             self._describe(row)
             for row in rows
             if row.state != State.CLOSED
             and (not page.agent or row.agent == page.agent)
-            and (visitor.session in (None, row.number))
+            and row.tenant == visitor.tenant
             and visitor.may_use(row.agent, "watch")
         ]
         agents = [
             {"name": pod.agent, "kind": pod.kind, "ready": pod.is_ready}
-            for pod in self._node.pods(visitor.tenant)[:_PAGE]
+            for pod in pods
             if visitor.may_use(pod.agent, "watch")
         ]
         return {"sessions": shown, "agents": agents, "next": rows[-1].number if len(rows) == _PAGE else 0}
@@ -152,13 +161,10 @@ class Calls:
 
     def _row(self, visitor: Visitor, which: str, mode: str) -> SessionRow:
         """Returns the session a caller names, if it may use it in this mode."""
-        store = self._node.store
-        row = store.session_by_name(visitor.tenant, which)
-        if row is None and len(which) == 32:
-            try:
-                row = store.session_by_uid(bytes.fromhex(which))  # type: ignore[arg-type]  # a uid from outside
-            except ValueError:
-                row = None
+        store, uid = self._node.store, uid_of(which)
+        row = store.session_by_uid(uid) if uid is not None else None
+        if row is None:
+            row = store.session_by_name(visitor.tenant, which)
         if (
             row is None
             or row.tenant != visitor.tenant
@@ -192,7 +198,9 @@ class Calls:
 
     def _rename(self, visitor: Visitor, request: _Rename) -> dict[str, Any]:
         row = self._row(visitor, request.session, "drive")
-        self._node.store.rename(row.number, check_name(request.name))
+        if self._node.table.reserved(row.tenant, row.agent, check_name(request.name)):
+            raise RefusedError(Code.EXISTS, AGENT_NAME_TEXT.format(request.name))
+        self._node.store.rename(row.number, request.name)
         live = self._node.table.loaded(row.number)
         if live is not None:
             live.name = request.name
@@ -264,7 +272,10 @@ class Calls:
 
     def _devices(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
         self._owner(visitor)
-        rows = self._node.store.devices(visitor.tenant)
+        start = min(max(page.after, 0), DEVICES_PER_TENANT_MAX)
+        following = start + _PAGE
+        # Those of this page, and one more if there is another page: each row is counted for, which takes its time.
+        rows = self._node.store.devices(visitor.tenant, min(following + 1, DEVICES_PER_TENANT_MAX))
         shown = [
             {
                 "id": row.id.hex(),
@@ -275,9 +286,8 @@ class Calls:
                 "sessions": row.sessions,
                 "self": row.id == visitor.device,
             }
-            for row in rows[page.after : page.after + _PAGE]
+            for row in rows[start:following]
         ]
-        following = page.after + _PAGE
         return {"devices": shown, "next": following if following < len(rows) else 0}
 
     def _revoke(self, visitor: Visitor, request: _Revoke) -> dict[str, Any]:
@@ -288,17 +298,7 @@ class Calls:
             self._node.doorkeeper.revoke_token(request.token)
             return {"token": request.token}
         self._owner(visitor)
-        found = [
-            row.id
-            for row in self._node.store.devices(visitor.tenant)
-            if len(request.device) >= 8 and row.id.hex().startswith(request.device)
-        ]
-        if len(found) != 1:
-            raise RefusedError(
-                Code.NOT_FOUND,
-                "No device, or more than one, begins with that (8 digits at least); `sterna devices` shows them.",
-            )
-        device = DeviceId(found[0])
+        device = self._device(visitor.tenant, request.device)
         if device == visitor.device and not request.this_device:
             raise RefusedError(
                 Code.BAD_REQUEST,
@@ -316,6 +316,21 @@ class Calls:
             if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):
                 connection.visitor = None  # no more CALLs
         return {"device": device.hex()}
+
+    def _device(self, tenant: str, which: str) -> DeviceId:
+        """Returns the device of a tenant that an id in hex means, or 8 digits or more of its beginning."""
+        store, found = self._node.store, list[DeviceRow]()
+        if _DEVICE_ID.fullmatch(which) is not None:
+            row = store.device(DeviceId(bytes.fromhex(which)), tenant)
+            found = [row] if row is not None else []
+        elif len(which) >= 8:
+            found = [row for row in store.devices(tenant) if row.id.hex().startswith(which)]
+        if len(found) != 1:
+            raise RefusedError(
+                Code.NOT_FOUND,
+                "No device, or more than one, begins with that (8 digits at least); `sterna devices` shows them.",
+            )
+        return found[0].id
 
     def _token(self, visitor: Visitor, request: _Token) -> dict[str, Any]:
         self._admin(visitor)

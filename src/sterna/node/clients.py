@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -44,22 +45,22 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "attachments", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump", "since",
-        "visitor",
+        "attachments", "calls", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump",
+        "since", "visitor",
     )  # fmt: skip
 
     def __init__(self, node: Node, carry: Callable[[Link, Owner], Conduit], *, local: bool) -> None:
         """Begins with what carries the link it is given, and brings what comes to its owner."""
         self.node = node
         self.link = Link()
-        self.pump = carry(self.link, self)
         self.attachments: dict[int, Attachment] = {}
-        self.pending = 0
+        self.pending = self.calls = 0
         self.highest = 0
         self.since = self.last = SYSTEM_CLOCK.monotonic()
         self.proved = self.pinged = False
         self.local = local
         self.visitor: Visitor | None = None
+        self.pump = carry(self.link, self)
 
     # ---- the pump's owner --------------------------------------------------------------------------------------
 
@@ -72,6 +73,9 @@ class ClientConnection:
             for frame in link.receive(data):
                 if link.closing:
                     break  # what comes behind a refusal does not count
+                if link.out_bytes > limits.OUTBOUND_MAX_BYTES:
+                    self.pump.abort("it asks for more than may wait for it")
+                    return
                 attachment = self.attachments.get(frame[1])
                 if attachment is not None:
                     self._attached(attachment, frame, now)
@@ -152,7 +156,7 @@ class ClientConnection:
         elif kind == Type.PING:
             self.link.send(Type.PONG, 0, 0, payload)
         elif kind == Type.CALL:
-            self._call(messages.unpack(messages.Call, payload), now)
+            self._call(messages.unpack(messages.Call, payload))
         elif kind == Type.ERROR:
             self.pump.abort("the client reported an error")
         elif kind != Type.PONG:
@@ -176,6 +180,8 @@ class ClientConnection:
             if kind == Type.CONNECT:
                 body = messages.unpack(ConnectBody, signed.body)
                 visitor = door.connect(signed, body)
+                if visitor.guest and not self.node.admits(self, visitor.device):
+                    raise RefusedError(Code.LIMIT, "This link has too many connections: close some.")
                 self._prove()
                 self.visitor = visitor
                 self._connect(handle, visitor, body, now)
@@ -422,11 +428,25 @@ class ClientConnection:
 
     # ---- CALL --------------------------------------------------------------------------------------------------
 
-    def _call(self, call: messages.Call, now: int) -> None:
+    def _call(self, call: messages.Call) -> None:
         if self.visitor is None:
             raise ProtocolError(Code.DENIED, "CALL comes after CONNECT")
-        result = self.node.calls.answer(self, self.visitor, call, now)
-        self.link.send_message(Type.RESULT, 0, result)
+        if self.calls >= limits.CALLS_WAITING_MAX:
+            raise ProtocolError(Code.LIMIT, "too many CALLs at once")
+        self.calls += 1
+        self.node.call_queue.add(functools.partial(self._answer, call))
+
+    def _answer(self, call: messages.Call) -> None:
+        self.calls -= 1
+        if self.pump.closed or self.link.closing:
+            return
+        if self.visitor is None:
+            self.link.fail(Code.DENIED, "This device was revoked.")
+        elif self.pump.queued > limits.OUTBOUND_MAX_BYTES:
+            self.pump.abort("it asks for more than may wait for it")
+        else:
+            result = self.node.calls.answer(self, self.visitor, call, SYSTEM_CLOCK.monotonic())
+            self.link.send_message(Type.RESULT, 0, result)
 
 
 def _cells(cols: int, rows: int) -> tuple[int, int]:

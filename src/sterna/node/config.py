@@ -19,11 +19,15 @@ from sterna.ids import check_tenant
 
 ENVIRONMENT_PREFIX = "STERNA_NODE_"
 FILE_NAME = "node.toml"
+QUIC_PORT = 7221
+WEB_PORT = 7222
 FILE_MAX_BYTES = 1024 * 1024
 LIST_MAX = 64
 _TEXT_MAX_CHARS = 4_096
 _SECRETS = frozenset(("token",))
 _KEEPER_SCHEMES = ("https", "http")
+_ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, not bound to
+_LISTS = ("names", "web_names")
 _GIB = 1024**3
 _WORD = re.compile(r"[!-~]+\Z")
 _JOURNAL_MIN_BYTES = 128 * 1024
@@ -45,7 +49,12 @@ class NodeConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     host: Annotated[str, _about("Address to listen on; `0.0.0.0` or `::` for all of this machine's.")] = "127.0.0.1"
     port: Annotated[int, _about("TCP port; 0 takes any free one.", ge=0, le=65_535)] = 7220
-    web_port: Annotated[int, _about("Port named in web links.", ge=0, le=65_535)] = 7222
+    quic_port: Annotated[int, _about("UDP port of QUIC; 0: none.", ge=0, le=65_535)] = QUIC_PORT
+    web_port: Annotated[int, _about("Port of the web page (usually 7222); 0: none.", ge=0, le=65_535)] = 0
+    web_host: Annotated[str, _about("Address that the web page listens on (default: `host`).")] = ""
+    web_names: Annotated[
+        list[str], _about("Further names under which the web page may be opened: those of a reverse proxy.")
+    ] = []
     state: Annotated[str, _about("Directory of keys and journal (default: `$XDG_STATE_HOME/sterna/node`).")] = ""
     sockets: Annotated[str, _about("Directory of the pods' sockets (default: `$XDG_RUNTIME_DIR/sterna`).")] = ""
     keeper: Annotated[str, _about("URL of the Keeper; without one the node works on its own.")] = ""
@@ -98,8 +107,11 @@ class NodeConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def hosts(self) -> list[str]:
         """Returns the names and addresses that the certificate is for."""
-        wildcard = self.host in ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, not bound to
-        return [*([] if wildcard else [self.host]), *self.names]
+        return [*(host for host in (self.host, self.web_host) if host not in _ANY_ADDRESS), *self.names]
+
+    def web_hosts(self) -> list[str]:
+        """Returns the names and addresses under which the web page may be opened, besides loopback."""
+        return [*self.hosts(), *self.web_names]
 
     def tenants(self) -> dict[int, frozenset[str]] | None:
         """Returns which tenants' agents each user id may serve; None: only this process's user, any tenant."""
@@ -140,7 +152,7 @@ class Setting:
 
     def _from_text(self, value: str, where: str) -> object:
         """Returns lists as `a,b` and maps as `tenant=uid,…` as what they mean; the rest as it is."""
-        if self.key == "names":
+        if self.key in _LISTS:
             return [part.strip() for part in value.split(",") if part.strip()]
         if self.key != "tenant_uids":
             return value
@@ -252,8 +264,11 @@ def _check(values: dict[str, Any], where: Mapping[str, str]) -> None:
         values["token"] = read_token(values["token"], where["token"])
     if values.get("tls_key") and not values.get("tls_cert"):
         raise wrong("tls_key", "is of no use without tls_cert: expected both, or none")
-    if len(values.get("names", ())) > LIST_MAX:
-        raise wrong("names", f"has too many entries: expected at most {LIST_MAX}")
+    for key in _LISTS:
+        if len(values.get(key, ())) > LIST_MAX:
+            raise wrong(key, f"has too many entries: expected at most {LIST_MAX}")
+    if values.get("web_port") and values["web_port"] == values.get("port"):
+        raise wrong("web_port", "is also the port of the sessions: expected another one, or 0 for no web page")
     for tenant, uids in values.get("tenant_uids", {}).items():
         try:
             check_tenant(tenant)

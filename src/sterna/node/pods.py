@@ -8,15 +8,17 @@ import logging
 import os
 import socket
 import stat
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from asyncinotify import Inotify, Mask
 
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, SternaError
-from sterna.ids import split_socket_name
+from sterna.ids import clean_label, split_socket_name
 from sterna.node.table import SessionTable
 from sterna.protocol import messages
 from sterna.protocol.attachment import Lane
@@ -27,6 +29,10 @@ from sterna.protocol.session import Session
 from sterna.transport.listen import peer_uid
 from sterna.transport.pump import Conduit, Pump, Reactor
 from sterna.transport.ticker import Ticker
+from sterna.units import SECOND
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 log = logging.getLogger("sterna.node.pods")
 
@@ -39,7 +45,62 @@ _GONE_SECONDS = 3.0
 _DIED = "The agent's process is gone."
 RESTARTED_TEXT = "The agent was restarted and does not have this session any more."
 _STOPPED = "The agent was stopped (`sterna down`, or a signal)."
+_REFUSED = (errno.EPERM, errno.ENOTSOCK, errno.EMLINK)
+_LIST_SECONDS = 60.0
+_LIST_PAUSE_SECONDS = 1.0
+# Of the processor's time, listing takes a tenth at most, however many files somebody makes.
+_LIST_PAUSE_TIMES = 9
+_LIST_BATCH = 64
+_NOTICES_BURST = 100
+_NOTICES_PER_SECOND = 1
+_NOTICE_EVERY_SECONDS = 60
+_NOTICE_MAX_CHARS = 200
 _DATA, _ACK, _EXIT = int(Type.DATA), int(Type.ACK), int(Type.EXIT)
+
+
+class Notices:
+    """What is logged about pods: of each kind and name one line a minute, in all one a second after a burst of 100.
+
+    Whoever may make sockets could fill the disk with lines otherwise. How many were left out, a later line says.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[tuple[str, str], int] = {}
+        self._left = float(_NOTICES_BURST)
+        self._since = SYSTEM_CLOCK.monotonic()
+        self._left_out = 0
+
+    def say(self, level: int, event: str, pod: str, **more: str) -> None:
+        """Logs a line about a pod (its socket's name), or counts it as left out."""
+        now = SYSTEM_CLOCK.monotonic()
+        last = self._said.get((event, pod))
+        if (last is not None and now - last < _NOTICE_EVERY_SECONDS * SECOND) or not self._admits(now):
+            self._left_out += 1
+            return
+        self._said.pop((event, pod), None)
+        self._said[event, pod] = now
+        for key, then in list(islice(self._said.items(), 2)):
+            # What was said first stands first: two go for each that comes, so that what is too old never piles up.
+            if now - then >= _NOTICE_EVERY_SECONDS * SECOND:
+                del self._said[key]
+        self._log(level, event, pod=pod, **{key: clean_label(text, _NOTICE_MAX_CHARS) for key, text in more.items()})
+
+    def sum_up(self) -> None:
+        """Logs how many lines were left out, if any were."""
+        if self._left_out and self._admits(SYSTEM_CLOCK.monotonic()):
+            self._log(logging.WARNING, "lines about pods left out")
+
+    def _admits(self, now: int) -> bool:
+        left = min(self._left + (now - self._since) / SECOND * _NOTICES_PER_SECOND, float(_NOTICES_BURST))
+        self._since = now
+        self._left = left - 1 if left >= 1 else left
+        return left >= 1
+
+    def _log(self, level: int, event: str, **fields: object) -> None:
+        if self._left_out:
+            fields["left_out"] = self._left_out
+            self._left_out = 0
+        log.log(level, event, extra=fields)
 
 
 class Port:
@@ -128,7 +189,7 @@ class PodConnection:
                 self._frame(frame, now)
         except SternaError as error:
             # Whatever it sent that could not be dealt with is this pod's fault and nobody else's.
-            log.warning("pod broke the protocol", extra={"pod": self.pod.name, "reason": str(error)})
+            self.pod.say("pod broke the protocol", logging.WARNING, reason=str(error))
             link.fail(error.code, str(error))
         link.check()
 
@@ -147,7 +208,7 @@ class PodConnection:
         elif kind == Type.ERROR and handle == 0:
             error = messages.unpack(messages.Error, payload)
             self.stopped = error.code == Code.ENDED
-            log.warning("pod ended the connection", extra={"pod": self.pod.name, "reason": error.message})
+            self.pod.say("pod ended the connection", logging.WARNING, reason=error.message)
 
     def _session_frame(self, handle: int, target: Target, frame: Frame, now: int) -> None:
         kind, _, seq, payload = frame
@@ -175,7 +236,7 @@ class PodConnection:
     def _greeted(self, hello: messages.Hello) -> None:
         self.hello = hello
         self.features = frozenset(hello.features)
-        log.info("pod connected", extra={"pod": self.pod.name, "kind": hello.kind})
+        self.pod.say("pod connected", kind=hello.kind)
         self.pod.ready(self)
 
     def _opened(self, handle: int, opened: messages.Opened, now: int) -> None:
@@ -252,18 +313,28 @@ class Pod:
         """Whether sessions can be opened now."""
         return self.connection is not None and self.connection.hello is not None
 
+    def say(self, event: str, level: int = logging.INFO, **more: str) -> None:
+        """Logs something about this pod, unless too much is logged about pods."""
+        self.registry.notices.say(level, event, self.name, **more)
+
     def connect(self) -> None:
         """Connects, or tries again a little later; a socket that nobody serves for a while means that the agent is
         gone.
         """
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()  # it was not the timer that called: one is enough
+            self._timer = None
         if self.gone or self.connection is not None:
             return
         try:
-            sock = self._dial()
+            sock = self.dial()
         except OSError as error:
             self._absent(error)
-            return
+        else:
+            self.take(sock)
+
+    def take(self, sock: socket.socket) -> None:
+        """Begins with a connection that `dial` returned."""
         loop = self.registry.reactor.loop
         self._since, self._absent_since = loop.time(), 0.0
         connection = self.connection = PodConnection(self, self.registry.reactor, sock)
@@ -276,13 +347,18 @@ class Pod:
             connection.pump.abort("it does not greet")
             self.registry.reactor.run(self._tell, None)
 
-    def _dial(self) -> socket.socket:
-        """Returns a connection to the socket, after checking who owns and who serves it."""
+    def look(self) -> os.stat_result:
+        """Returns what the socket's name stands for, after checking who owns it; raises OSError."""
         found = os.lstat(self.path)
         if not stat.S_ISSOCK(found.st_mode):
             raise OSError(errno.ENOTSOCK, "it is not a socket")
         if not self.registry.trusts(found.st_uid, self.tenant):
             raise OSError(errno.EPERM, "another user owns it")
+        return found
+
+    def dial(self) -> socket.socket:
+        """Returns a connection to the socket, after checking who owns and who serves it; raises OSError."""
+        self.look()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setblocking(False)
@@ -297,8 +373,8 @@ class Pod:
 
     def _absent(self, error: OSError) -> None:
         loop = self.registry.reactor.loop
-        if error.errno in (errno.EPERM, errno.ENOTSOCK):
-            log.warning("pod socket refused", extra={"pod": self.name, "reason": error.strerror})
+        if error.errno in _REFUSED:
+            self.say("pod socket refused", logging.WARNING, reason=str(error.strerror))
             self.forget(str(error.strerror))
             return
         if not self._absent_since:
@@ -316,7 +392,7 @@ class Pod:
         self.gone = True
         if self._timer is not None:
             self._timer.cancel()
-        log.info("pod gone", extra={"pod": self.name, "reason": reason})
+        self.say("pod gone", reason=reason)
         self.registry.forget(self, ending)
         self._tell(None)
 
@@ -352,7 +428,7 @@ class Pod:
         """Looks at once whether the pod is still there."""
         if self.connection is connection:
             self.connection = None
-            log.info("pod disconnected", extra={"pod": self.name, "reason": reason})
+            self.say("pod disconnected", reason=reason)
             if not self.gone and not self.registry.closing:
                 loop = self.registry.reactor.loop
                 # One that ends every connection at once is asked ever more rarely.
@@ -382,9 +458,10 @@ class Pod:
 
 
 class PodRegistry:
-    """All pods in one directory of sockets, kept up to date by inotify(7).
+    """All pods in one directory of sockets, kept up to date by inotify(7); what it misses is found within a minute.
 
-    `tenants` maps user ids to the tenants whose sockets they may own; None: this process's user may own any.
+    `tenants` maps user ids to the tenants whose sockets they may own; None: this process's user may own any. Of the
+    PODS_MAX pods a tenant has PODS_PER_TENANT_MAX at most, so that its users cannot keep others' out.
     """
 
     def __init__(
@@ -401,12 +478,21 @@ class PodRegistry:
         self.ticker = ticker
         self.closing = False
         self._tenants = tenants
+        self.notices = Notices()
         self._pods: dict[tuple[str, str], Pod] = {}
+        self._counts: Counter[str] = Counter()
+        self._crowded = False
+        self._listing: Generator[str, None, None] | None = None
+        self._listed_ns = 0
+        self._list_again = False
+        self._list_timer: asyncio.TimerHandle | None = None
+        self._rested = 0.0
         self._inotify: Inotify | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = 0.0
         self._arrivals: dict[tuple[str, str], list[Callable[[], None]]] = {}
         self._reopening: deque[tuple[PodConnection, int]] = deque()
+        table.is_agent = lambda tenant, name: (tenant, name) in self._pods
 
     def trusts(self, uid: int, tenant: str) -> bool:
         """Tells whether a user may serve agents of a tenant."""
@@ -418,34 +504,106 @@ class PodRegistry:
         """Begins to watch, then looks once at what is there."""
         self._started = self.reactor.loop.time()
         self._inotify = Inotify()
-        mask = Mask.CREATE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM | Mask.ATTRIB
-        self._inotify.add_watch(self.directory, mask)
+        self._inotify.add_watch(self.directory, Mask.CREATE | Mask.MOVED_TO | Mask.ATTRIB)
         self._task = self.reactor.loop.create_task(self._watch(self._inotify))
         for name in sorted(os.listdir(self.directory)):
-            self._appeared(name)
+            self._look_at(name)
+        self._list_in(_LIST_SECONDS)
 
     async def _watch(self, inotify: Inotify) -> None:
         async for event in inotify:
-            name = str(event.name) if event.name is not None else ""
-            if event.mask & (Mask.CREATE | Mask.MOVED_TO | Mask.ATTRIB):
-                self._appeared(name)
+            if event.mask & Mask.Q_OVERFLOW:
+                self._list_in(0.0)
+            elif event.name is not None:
+                self._look_at(str(event.name))
 
-    def _appeared(self, name: str) -> None:
-        """Takes up a socket with a pod's name; a replaced one is another process's, found out on the next connect."""
+    def _list_in(self, seconds: float) -> None:
+        """Sees to it that the directory is listed within so many seconds, but not again right after the last time."""
+        if self._listing is not None:
+            self._list_again = True  # it may be past the name that this is about
+            return
+        due = max(self.reactor.loop.time() + seconds, self._rested)
+        if self._list_timer is None or due < self._list_timer.when():
+            if self._list_timer is not None:
+                self._list_timer.cancel()
+            self._list_timer = self.reactor.loop.call_at(due, self._list)
+
+    def _list(self) -> None:
+        self._list_timer = None
+        self._listing = self._names()
+        self._listed_ns = 0
+        self._list_some()
+
+    def _names(self) -> Generator[str, None, None]:
+        try:
+            with os.scandir(self.directory) as entries:
+                for entry in entries:
+                    yield entry.name
+        except OSError as error:
+            self.notices.say(logging.ERROR, "sockets' directory cannot be read", self.directory, reason=str(error))
+
+    def _list_some(self) -> None:
+        """Looks at a batch of names; the rest in later turns of the loop, then the next time is set."""
+        listing = self._listing
+        if listing is None or self.closing:
+            return
+        began, count = SYSTEM_CLOCK.monotonic(), 0
+        for name in islice(listing, _LIST_BATCH):
+            count += 1
+            self._look_at(name, listed=True)
+        self._listed_ns += SYSTEM_CLOCK.monotonic() - began
+        loop = self.reactor.loop
+        if count == _LIST_BATCH:
+            loop.call_soon(self._list_some)
+            return
+        self._listing = None
+        self._rested = loop.time() + max(_LIST_PAUSE_SECONDS, self._listed_ns / SECOND * _LIST_PAUSE_TIMES)
+        again, self._list_again = self._list_again, False
+        self.notices.sum_up()
+        self._list_in(0.0 if again else _LIST_SECONDS)
+
+    def _look_at(self, name: str, *, listed: bool = False) -> None:
+        """Does `_appeared`; what fails for one pod, as the disk may, keeps no other out."""
+        try:
+            self.reactor.run(self._appeared, name, listed)
+        except SternaError as error:
+            self.notices.say(logging.ERROR, "pod not taken up", name, reason=str(error))
+
+    def _appeared(self, name: str, listed: bool = False) -> None:
+        """Takes up a socket with a pod's name; a replaced one is another process's, found out on the next connect.
+
+        A socket that was `listed` may have been left behind long ago: it counts as a pod's only if somebody serves it.
+        """
         key = split_socket_name(name)
-        if key is None or (len(self._pods) >= limits.PODS_MAX and key not in self._pods):
+        if key is None:
             return
         pod = self._pods.get(key)
-        if pod is None:
-            path = os.path.join(self.directory, name)
-            if not os.path.lexists(path):
-                return
-            pod = self._pods[key] = Pod(self, *key, path)
+        if pod is not None:
+            if pod.connection is None and not listed:
+                pod.connect()
+            return
+        if len(self._pods) >= limits.PODS_MAX or self._counts[key[0]] >= limits.PODS_PER_TENANT_MAX:
+            self._crowded = True
+            self.notices.say(logging.WARNING, "pod left out", name, reason="there are too many")
+            return
+        pod = Pod(self, *key, os.path.join(self.directory, name))
+        try:
+            # Only here: whoever can link another's socket shall not end an agent that is connected.
+            if pod.look().st_nlink > 1:
+                raise OSError(errno.EMLINK, "it has more names than this one")
+            sock = pod.dial() if listed else None
+        except OSError as error:
+            if error.errno in _REFUSED:
+                pod.say("pod socket refused", logging.WARNING, reason=str(error.strerror))
+            return
+        self._pods[key] = pod
+        self._counts[pod.tenant] += 1
+        if sock is not None:
+            pod.take(sock)
+        else:
             pod.connect()
-            for callback in self._arrivals.pop(key, []):
-                callback()
-        elif pod.connection is None:
-            pod.connect()
+        for callback in self._arrivals.pop(key, []):
+            self.reactor.loop.call_soon(callback)
 
     def pod(self, tenant: str, agent: str) -> Pod | None:
         """Returns a pod that is there, or was a moment ago."""
@@ -453,12 +611,18 @@ class PodRegistry:
 
     def pods(self, tenant: str | None = None) -> list[Pod]:
         """Returns all pods (of one tenant), by name."""
-        return [pod for key, pod in sorted(self._pods.items()) if tenant is None or key[0] == tenant]
+        return [self._pods[key] for key in sorted(key for key in self._pods if tenant in (None, key[0]))]
 
     def forget(self, pod: Pod, ending: str) -> None:
         """Drops a pod that is gone, and ends its sessions with the sentence `ending`."""
         if self._pods.get((pod.tenant, pod.agent)) is pod:
             del self._pods[(pod.tenant, pod.agent)]
+            self._counts[pod.tenant] -= 1
+            if not self._counts[pod.tenant]:
+                del self._counts[pod.tenant]
+            if self._crowded:
+                self._crowded = False
+                self._list_in(0.0)
         self.table.agent_gone(pod.tenant, pod.agent, ending, SYSTEM_CLOCK.monotonic())
 
     def reopen(self, connection: PodConnection) -> None:
@@ -531,6 +695,10 @@ class PodRegistry:
     async def close(self) -> None:
         """Stops watching and disconnects from all pods."""
         self.closing = True
+        if self._list_timer is not None:
+            self._list_timer.cancel()
+        if self._listing is not None:
+            self._listing.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ParamSpec, Protocol
 
+import msgspec
+
 from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
-from sterna.errors import Code, ProtocolError, StorageError
-from sterna.ids import AttachmentId, SessionUid
+from sterna.errors import Code, ProtocolError, RefusedError, StorageError
+from sterna.ids import AttachmentId, SessionUid, uid_of
 from sterna.journal.interface import OutputLog
 from sterna.journal.journal import Journal
 from sterna.journal.memory import MemoryLog
@@ -26,10 +28,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sterna.node.sessions")
 
+AGENT_NAME_TEXT = "There is an agent {0!r}, and only its own sessions may be called so: choose another name."
+
 P = ParamSpec("P")
 _READ_BYTES = 65_536
 _LIVING = (State.CONNECTING, State.ACTIVE, State.SUSPENDED)
 _LOST_BATCH = 32
+# What the store keeps of an agent's long name before "-" and a number.
+_STEM_CHARS = 57
 _HELD_BYTES = 16 * limits.WINDOW_BYTES
 
 
@@ -72,6 +78,7 @@ class SessionTable:
         self._stored: dict[int, State] = {}
         self.storage_failures = 0
         self.on_lost: Callable[[Callable[[], None]], None] = lambda work: work()
+        self.is_agent: Callable[[str, str], bool] = lambda _tenant, _name: False
 
     # ---- finding -----------------------------------------------------------------------------------------------
 
@@ -87,7 +94,14 @@ class SessionTable:
         return self._hot.get(number)
 
     def load(self, number: int) -> Session | None:
-        """Returns a session, from disk if need be; None if there is none or it was closed."""
+        """Returns a session, from disk if need be; None if there is none or it was closed.
+
+        A new one gets another name here if the node chose one that is an agent's; raises RefusedError (`EXISTS`) if
+        such a name was asked for.
+        """
+        return self._load(number, named=True)
+
+    def _load(self, number: int, *, named: bool = False) -> Session | None:
         session = self._hot.get(number)
         if session is not None:
             self._used[number] = SYSTEM_CLOCK.monotonic()
@@ -95,6 +109,8 @@ class SessionTable:
         row = self.store.session(number)
         if row is None or row.state == State.CLOSED:
             return None
+        if named and row.state == State.CONNECTING and number not in self.journal:
+            row = self._named(row)
         return self._add(row)
 
     def by_uid(self, uid: bytes) -> Session | None:
@@ -104,6 +120,39 @@ class SessionTable:
             row = self.store.session_by_uid(SessionUid(uid))
             number = row.number if row is not None else None
         return self.load(number) if number is not None else None
+
+    def reserved(self, tenant: str, agent: str, name: str) -> bool:
+        """Tells whether a session of an agent may not have a name, because it is another agent's or looks like a uid.
+
+        Whoever names an agent or a uid must never reach a program of somebody else.
+        """
+        return uid_of(name) is not None or (name != agent and self.is_agent(tenant, name))
+
+    def _named(self, row: SessionRow) -> SessionRow:
+        """Returns a new session's row; of the names that the node chooses (`agent`, `agent-N`) with a free one.
+
+        As in the store, N doubles until one is free, then nears the last taken.
+        """
+        tenant, agent, name = row.tenant, row.agent, row.name
+        if not self.reserved(tenant, agent, name):
+            return row
+        stem, _, number = (agent, "-", "1") if name == agent else name.rpartition("-")
+        if stem not in (agent, agent[:_STEM_CHARS]) or not number.isdigit():
+            raise RefusedError(Code.EXISTS, AGENT_NAME_TEXT.format(name))
+
+        def is_taken(suffix: int) -> bool:
+            other = f"{stem}-{suffix}"
+            return self.reserved(tenant, agent, other) or self.store.session_by_name(tenant, other) is not None
+
+        taken, free = int(number), int(number) + 1
+        while is_taken(free):
+            taken, free = free, free * 2
+        while free - taken > 1:
+            middle = (taken + free) // 2
+            taken, free = (middle, free) if is_taken(middle) else (taken, middle)
+        name = f"{stem}-{free}"
+        self.store.rename(row.number, name)
+        return msgspec.structs.replace(row, name=name)
 
     def _add(self, row: SessionRow) -> Session:
         holding = row.state in _LIVING and self.store.last_driver_exact(row.number)
@@ -217,7 +266,7 @@ class SessionTable:
 
     def agent_lost(self, number: int, reason: str, now: int) -> None:
         """Ends one session whose agent is gone."""
-        session = self.load(number)
+        session = self._load(number)
         if session is not None and session.ended is None:
             session.port = None
             session.agent_lost(now, reason)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from sterna import limits
 from sterna.errors import UsageError
 from sterna.pod.program import DRAIN_MAX_SECONDS, DRAIN_QUIET_SECONDS, ExitStatus, Kind, Program, program_environment
-from sterna.pod.screen import PENDING_MAX_BYTES, LazyScreen
+from sterna.pod.screen import PENDING_MAX_BYTES, LazyScreen, ScreenCopy
 from sterna.pod.server import PodServer
 from sterna.protocol import messages
 from sterna.protocol.compress import compress
 from sterna.protocol.frame import Type
+from sterna.protocol.link import Link
 from sterna.protocol.podside import Input, PodSession
 
 _BATCH_BYTES = 65_535
@@ -26,17 +27,21 @@ _EOF_AGAIN_SECONDS = 0.3
 _EOF_AGAIN_MAX_SECONDS = 5.0
 _BACKLOG_MAX_BYTES = 1024 * 1024
 _RESIZE_EVERY_SECONDS = limits.RESIZE_EVERY_MS / 1000
+_DRAW_EVERY_SECONDS = limits.REPAINT_EVERY_MS / 1000
 _EOF = int(Type.EOF)
 _SIGNAL = int(Type.SIGNAL)
+
+Asked = tuple[int, Link | None]
+"""Who asked for a picture: the CAPTURE's token, and the node's connection that it came on."""
 
 
 class ProgramRunner:
     """A program under a PTY (kind `pty`) or on pipes (kind `stream`), as the runner of one session."""
 
     __slots__ = (
-        "_asked", "_behind", "_deadline", "_drawing", "_ending", "_eof", "_idle", "_line_start", "_loop", "_over",
-        "_program", "_quiet", "_reading", "_reflows", "_resizing", "_screen", "_server", "_session", "_size",
-        "_status", "_waiting", "_writing",
+        "_asked", "_asked_brief", "_behind", "_deadline", "_draw_at", "_drawing", "_ending", "_eof", "_held", "_idle",
+        "_line_start", "_loop", "_over", "_program", "_quiet", "_reading", "_reflows", "_resizing", "_screen",
+        "_server", "_session", "_size", "_status", "_draw_timer", "_waiting", "_writing",
     )  # fmt: skip
 
     def __init__(self, server: PodServer, session: PodSession, program: Program, screen: LazyScreen | None) -> None:
@@ -48,8 +53,12 @@ class ProgramRunner:
         self._waiting: deque[Input] = deque()
         self._writing = False
         self._behind = False
-        self._asked: list[tuple[int, bool]] = []
-        self._drawing = False
+        self._asked: list[Asked] = []
+        self._asked_brief: list[Asked] = []
+        self._drawing: _Drawing | None = None
+        self._draw_at = 0.0
+        self._draw_timer: asyncio.TimerHandle | None = None
+        self._held = 0
         self._reflows = 0
         self._size = session.cols, session.rows
         self._resizing: asyncio.TimerHandle | None = None
@@ -67,10 +76,19 @@ class ProgramRunner:
     # ---- output ------------------------------------------------------------------------------------------------
 
     def _read_on(self) -> None:
-        held = self._drawing or self._reflows or self._eof or self._over
+        held = self._held or self._reflows or self._eof or self._over or self._ahead() <= 0
         if not (self._reading or held) and self._program.read_fd >= 0:
             self._reading = True
             self._loop.add_reader(self._program.read_fd, self._readable)
+
+    def _ahead(self) -> int:
+        """Returns how many bytes may be read until the picture is drawn that is being drawn.
+
+        One window: so whoever gets it has room for all that came meanwhile, and the node's ring still holds that.
+        """
+        if self._drawing is None or self._drawing.position < 0:
+            return limits.WINDOW_BYTES
+        return self._drawing.position + limits.WINDOW_BYTES - self._session.out.end
 
     def _read_off(self) -> None:
         if self._reading:
@@ -88,6 +106,10 @@ class ProgramRunner:
         room = min(session.out.room, _BATCH_BYTES)
         if room <= 0:
             session.starved = True
+            self._read_off()
+            return
+        room = min(room, self._ahead())
+        if room <= 0:
             self._read_off()
             return
         fd, view, size, ended = self._program.read_fd, self._server.reactor.view, 0, False
@@ -290,37 +312,97 @@ class ProgramRunner:
     def audience(self) -> None:
         """Lets our own terminal answer only what is asked from now on, if nobody is attached."""
         if self._screen is not None:
-            self._screen.replies()
+            self._screen.forget_replies()
 
     def capture(self, token: int, scrollback: bool) -> None:
-        """Sends what repaints the screen at the end of the output so far; the program waits until that is drawn."""
+        """Sends what repaints the screen at the end of the output so far, as soon as it is drawn."""
+        session, drawing = self._session, self._drawing
         if self._screen is None:
-            self._session.send_snapshot(token, self._session.out.end, b"", False)
+            session.send_snapshot(token, session.out.end, b"", False)
             return
         self._resize()  # it has to fit who asks
-        self._asked.append((token, scrollback))
-        if not self._drawing:
-            self._draw(self._screen)
+        asked = token, session.link
+        if not scrollback:
+            self._asked_brief.append(asked)
+            if len(self._asked_brief) == 1:
+                self._draw_brief(self._screen)
+        elif drawing is not None and (drawing.position, drawing.size) == (session.out.end, self._size):
+            drawing.asked.append(asked)
+        else:
+            self._asked.append(asked)
+            self._draw()
 
-    def _draw(self, screen: LazyScreen) -> None:
-        """Draws for the first who asked, and with that for all who asked for the same meanwhile."""
-        scrollback = self._asked[0][1]
-        tokens = [token for token, kind in self._asked if kind is scrollback]
-        self._asked = [asked for asked in self._asked if asked[1] is not scrollback]
+    def _draw_brief(self, screen: LazyScreen) -> None:
+        """Draws the screen alone, for all who ask for that until it is done: nothing is read meanwhile."""
+        size = self._size
         drawn: list[bytes] = []
-        self._drawing = True
-        self._read_off()
+        self._hold()
 
         def done() -> None:
-            self._drawing = False
-            for token in tokens:
-                self._session.send_snapshot(token, self._session.out.end, drawn[0] if drawn else b"", bool(drawn))
-            if self._asked:
-                self._draw(screen)
-            elif not self._session.starved:
-                self._read_on()
+            self._release()
+            if size != self._size and self._screen is not None:
+                self._draw_brief(screen)
+                return
+            asked, self._asked_brief = self._asked_brief, []
+            self._send(asked, self._session.out.end, drawn)
 
-        self._server.beside(lambda: drawn.append(compress(screen.snapshot(scrollback))), done)
+        self._server.beside(lambda: drawn.append(compress(screen.snapshot(False))), done)
+
+    def _draw(self) -> None:
+        """Begins a picture with scroll-back: one at a time, and not too often, as each is work for a whole second."""
+        screen = self._screen
+        if screen is None or self._drawing is not None or self._draw_timer is not None or not self._asked:
+            return
+        wait = self._draw_at - self._loop.time()
+        if wait > 0:
+            self._draw_timer = self._loop.call_later(wait, self._draw_again)
+        else:
+            self._drawing = _Drawing(self, screen)
+            self._server.draw(self._drawing)
+
+    def _draw_again(self) -> None:
+        self._draw_timer = None
+        self._server.reactor.run(self._draw)
+
+    def begin_drawing(self, drawing: _Drawing) -> bool:
+        """Notes what a picture shows, on its turn: all output so far; nothing is read until the screen is copied."""
+        drawing.asked, self._asked = self._reachable(self._asked), []
+        if self._screen is None or not drawing.asked:
+            self._drawing = None
+            return False
+        self._draw_at = self._loop.time() + _DRAW_EVERY_SECONDS
+        drawing.position, drawing.size = self._session.out.end, self._size
+        self._hold()
+        return True
+
+    def copied(self) -> None:
+        """Goes on reading while the copy is drawn."""
+        self._release()
+
+    def drawn(self, drawing: _Drawing) -> None:
+        """Sends a picture; those who asked for it later than output came have waited for the next one."""
+        self._drawing = None
+        self._send(drawing.asked, drawing.position, drawing.data)
+        if not self._session.starved:
+            self._read_on()
+        self._draw()
+
+    def _send(self, asked: list[Asked], position: int, drawn: list[bytes]) -> None:
+        for token, _link in self._reachable(asked):
+            self._session.send_snapshot(token, position, drawn[0] if drawn else b"", bool(drawn))
+
+    def _reachable(self, asked: list[Asked]) -> list[Asked]:
+        """Returns who asked on the connection that there is: the node asks again on its next one."""
+        return [one for one in asked if one[1] is self._session.link]
+
+    def _hold(self) -> None:
+        self._held += 1
+        self._read_off()
+
+    def _release(self) -> None:
+        self._held -= 1
+        if not self._session.starved:
+            self._read_on()
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -365,14 +447,14 @@ class ProgramRunner:
         self._program.close()
         screen = self._screen
         if screen is None or not self._session.out.end:
-            self._finish(b"")
+            self.finish(b"")
             return
-        drawn: list[bytes] = []
-        self._server.beside(
-            lambda: drawn.append(_last_screen(screen)), lambda: self._finish(drawn[0] if drawn else b"")
-        )
+        self._draw_at = 0.0  # who waits still gets a picture: the end is sent after it
+        self._draw()
+        self._server.draw(_LastScreen(self, screen))
 
-    def _finish(self, final: bytes) -> None:
+    def finish(self, final: bytes) -> None:
+        """Ends the session; `final` (zstd) repaints the last screen."""
         status = self._status
         assert status is not None
         self._screen = None
@@ -382,10 +464,10 @@ class ProgramRunner:
 
     def _stop_watching(self) -> None:
         self._read_off()
-        for timer in (self._idle, self._quiet, self._ending, self._resizing):
+        for timer in (self._idle, self._quiet, self._ending, self._resizing, self._draw_timer):
             if timer is not None:
                 timer.cancel()
-        self._idle = self._quiet = self._ending = self._resizing = None
+        self._idle = self._quiet = self._ending = self._resizing = self._draw_timer = None
 
     def close(self) -> None:
         """Ends the program, more firmly every few seconds, and lets go of it."""
@@ -393,6 +475,7 @@ class ProgramRunner:
         self._stop_watching()
         self._screen = None
         self._asked.clear()
+        self._asked_brief.clear()
         if self._program.pidfd < 0:
             return
         if self._status is None:
@@ -403,10 +486,67 @@ class ProgramRunner:
             self._program.close()
 
 
-def _last_screen(screen: LazyScreen) -> bytes:
-    """Returns what repaints a screen for good, with as much scroll-back as is allowed to be kept."""
-    final = compress(screen.snapshot(True))
-    return final if len(final) <= limits.FINAL_MAX_BYTES else compress(screen.snapshot(False))
+class _Drawing:
+    """A picture with scroll-back: who asked for it, and the position and size that it shows once it has begun."""
+
+    __slots__ = ("_copy", "_runner", "_screen", "asked", "data", "position", "size")
+
+    def __init__(self, runner: ProgramRunner, screen: LazyScreen) -> None:
+        self._runner = runner
+        self._screen = screen
+        self._copy: ScreenCopy | None = None
+        self.asked: list[Asked] = []
+        self.position = -1
+        self.size = 0, 0
+        self.data: list[bytes] = []
+
+    def begin(self) -> bool:
+        """Notes the position."""
+        return self._runner.begin_drawing(self)
+
+    def copy(self) -> None:
+        """Copies the screen, or draws it right away if its engine cannot be copied."""
+        self._copy = self._screen.copy()
+        if self._copy is None:
+            self._paint(self._screen)
+
+    def copied(self) -> None:
+        """Lets the program go on."""
+        self._runner.copied()
+
+    def paint(self) -> None:
+        """Draws the copy."""
+        if self._copy is not None:
+            self._paint(self._copy)
+            self._copy.close()
+
+    def painted(self) -> None:
+        """Sends it."""
+        self._runner.drawn(self)
+
+    def _paint(self, source: LazyScreen | ScreenCopy) -> None:
+        self.data.append(compress(source.snapshot(True)))
+
+
+class _LastScreen(_Drawing):
+    """What repaints a screen for good, with as much scroll-back as is allowed to be kept."""
+
+    __slots__ = ()
+
+    def begin(self) -> bool:
+        """Nothing is read any more."""
+        return True
+
+    def copied(self) -> None:
+        """Nothing goes on."""
+
+    def painted(self) -> None:
+        """Ends the session."""
+        self._runner.finish(self.data[0] if self.data else b"")
+
+    def _paint(self, source: LazyScreen | ScreenCopy) -> None:
+        final = compress(source.snapshot(True))
+        self.data.append(final if len(final) <= limits.FINAL_MAX_BYTES else compress(source.snapshot(False)))
 
 
 def _nothing() -> None:

@@ -100,10 +100,13 @@ class LazyScreen:
         "_answers",
         "_checked",
         "_engine",
+        "_fed",
         "_lock",
         "_packed",
         "_pending",
+        "_silent",
         "_unfinished",
+        "_written",
         "cols",
         "rows",
         "scrollback_lines",
@@ -118,12 +121,15 @@ class LazyScreen:
         self._pending = bytearray()
         self._answers = b""
         self._checked = 0
+        # Counts of bytes: all that were written, how many of them the engine has got, and up to where nobody answers.
+        self._written = self._fed = self._silent = 0
         self._unfinished = False
         self._lock = threading.RLock()
 
     def feed(self, data: bytes) -> None:
         """Takes what the program has written."""
         self._pending += data
+        self._written += len(data)
 
     @property
     def backlog(self) -> int:
@@ -167,8 +173,7 @@ class LazyScreen:
     def replies(self) -> bytes:
         """Returns the terminal's answers to queries since the last call, and forgets them.
 
-        Call it after each `feed` while nobody is attached and write the answer to the program; call it once when
-        the last one leaves, and throw the result away, as their terminal has answered.
+        Call it after each `feed` while nobody is attached and write the answer to the program.
         """
         with self._lock:
             pending = self._pending
@@ -180,11 +185,18 @@ class LazyScreen:
                 self._settle()
             self._checked = len(self._pending)
             answers, self._answers = self._answers, b""
-            return answers
+            return b"" if self._silent >= self._fed else answers
+
+    def forget_replies(self) -> None:
+        """Leaves all queries so far unanswered, as the terminal of who is attached answers them; waits for nothing.
+
+        Call it from where `feed` is called.
+        """
+        self._silent = self._written
 
     def answer_queries(self, data: bytes) -> bytes:
         """Takes what the program has written and returns the answers to the queries in it, to no others."""
-        self.replies()
+        self.forget_replies()
         self.feed(data)
         return self.replies()
 
@@ -205,6 +217,15 @@ class LazyScreen:
             if scrollback and len(data) > limits.SNAPSHOT_MAX_BYTES:
                 return engine.snapshot(scrollback=False)
             return data
+
+    def copy(self) -> ScreenCopy | None:
+        """Returns the screen as it is after all output so far, to be drawn while this one goes on.
+
+        That takes some milliseconds, however much there is to draw. None if the engine cannot be packed.
+        """
+        with self._lock:
+            packed = self._settle().pack()
+            return None if packed is None else ScreenCopy(self.cols, self.rows, self.scrollback_lines, packed)
 
     def text(self, *, scrollback: bool = False) -> str:
         """Returns the screen's lines, with those above it if asked, without trailing blanks."""
@@ -232,8 +253,36 @@ class LazyScreen:
             # Taken in one step: `feed` goes on beside us.
             pending, self._pending = self._pending, bytearray()
             self._checked = 0
-            answers = engine.feed(bytes(pending))
+            silent = self._silent - self._fed
+            if silent >= 0:
+                # What an unfinished query asks is answered by who is there when it ends.
+                engine.feed(bytes(pending[:silent]))
+                self._answers = b""
+            answers = engine.feed(bytes(pending[max(silent, 0) :]))
+            self._fed += len(pending)
             # What a program asks in vain must not pile up: the newest answers are worth most.
             self._answers = (self._answers + answers)[-limits.CONTROL_MAX_BYTES :]
             self._unfinished = not engine.at_ground()
         return engine
+
+
+class ScreenCopy:
+    """A session's screen as it was at one moment; one thread draws it."""
+
+    __slots__ = ("_engine", "_packed", "_size")
+
+    def __init__(self, cols: int, rows: int, scrollback_lines: int, packed: bytes) -> None:
+        self._size = cols, rows, scrollback_lines
+        self._packed = packed
+        self._engine: Terminal | None = None
+
+    def snapshot(self, scrollback: bool = True) -> bytes:
+        """Returns what `LazyScreen.snapshot` would have returned at that moment."""
+        if self._engine is None:
+            self._engine, self._packed = open_terminal(*self._size, packed=self._packed), b""
+        return self._engine.snapshot(scrollback=scrollback)
+
+    def close(self) -> None:
+        """Frees the memory; the object must not be used again."""
+        if self._engine is not None:
+            self._engine.close()

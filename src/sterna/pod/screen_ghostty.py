@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -24,7 +25,7 @@ from sterna.pod.snapshot import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 SCROLLBACK_MAX_BYTES: Final = 32 * 1024 * 1024
 CONTINUATION_MAX_BYTES: Final = 64 * 1024
@@ -78,6 +79,10 @@ def _tell_size(terminal: int, _user: int, out: ctypes._Pointer[vt.SizeReport]) -
 _on_reply = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_take_reply)
 _on_bell = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(_take_bell)
 _on_size = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(vt.SizeReport))(_tell_size)
+
+
+class _TooMuchError(Exception):
+    """There is more to draw than a snapshot may hold."""
 
 
 class GhosttyTerminal:
@@ -202,16 +207,41 @@ class GhosttyTerminal:
 
     def cells(self, *, scrollback: bool = False) -> list[Row]:
         """Returns the rows of the screen, with those above it if asked."""
+        return list(self._rows(self._above() if scrollback else 0))
+
+    def _above(self) -> int:
         # The library keeps lines in pages and may hold one more than it was told.
-        above = min(self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t), self.scrollback_lines)
-        return list(self._rows(above if scrollback else 0))
+        return min(self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t), self.scrollback_lines)
+
+    def _drawable(self, *, scrollback: bool) -> list[Row]:
+        """Returns `cells`; _TooMuchError once the rows are more than a snapshot may be, before they are drawn."""
+        if not scrollback:
+            return self.cells()
+        rows: list[Row] = []
+        room = limits.SNAPSHOT_MAX_BYTES
+        with contextlib.closing(self._rows(self._above())) as source:
+            for row in source:
+                rows.append(row)
+                room -= _drawn_bytes(row)
+                if room < 0:
+                    raise _TooMuchError
+        return rows
 
     def snapshot(self, *, scrollback: bool = True) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`.
 
-        An unfinished sequence or character comes last, so that what follows in the output goes on with it.
+        An unfinished sequence or character comes last, so that what follows in the output goes on with it. What would
+        be larger than a snapshot may be is given up as soon as that is clear, and the screen drawn alone.
         """
-        return write_snapshot(self.state(scrollback=scrollback)) + self._continuation()
+        rest = self._continuation()
+        if scrollback:
+            try:
+                data = write_snapshot(self.state()) + rest
+            except _TooMuchError:
+                data = b""
+            if 0 < len(data) <= limits.SNAPSHOT_MAX_BYTES:
+                return data
+        return write_snapshot(self.state(scrollback=False)) + rest
 
     def _continuation(self) -> bytes:
         if self.at_ground():
@@ -223,7 +253,10 @@ class GhosttyTerminal:
         return buffer.raw[: size.value]
 
     def state(self, *, scrollback: bool = True) -> TerminalState:
-        """Returns everything that a snapshot tells; hidden parts are tried out on a copy."""
+        """Returns everything that a snapshot tells; hidden parts are tried out on a copy.
+
+        Raises _TooMuchError if that is more than a snapshot may be, with scroll-back.
+        """
         probe = GhosttyTerminal(self.cols, self.rows, self.scrollback_lines, packed=self.pack())
         # Ends an unfinished sequence; an unfinished character shows as U+FFFD then, but only on the copy.
         probe._write(b"\x18")
@@ -258,7 +291,7 @@ class GhosttyTerminal:
 
     def _screen_state(self, probe: GhosttyTerminal, *, scrollback: bool) -> ScreenState:
         """Reads the active screen, and tries out on the copy `probe` what is saved there."""
-        rows, cursor, shape = self.cells(scrollback=scrollback), self._cursor(), self._shape()
+        rows, cursor, shape = self._drawable(scrollback=scrollback), self._cursor(), self._shape()
         probe._write(b"\x1b8")
         saved = probe._cursor()
         flags = []
@@ -320,7 +353,7 @@ class GhosttyTerminal:
                 out += b"\x1b]%d;rgb:%02x/%02x/%02x\x1b\\" % (number, *rgb.raw)
         return bytes(out)
 
-    def _rows(self, above: int) -> Iterator[Row]:
+    def _rows(self, above: int) -> Generator[Row]:
         with _RenderState(self, above) as render:
             yield from render.rows()
 
@@ -577,6 +610,21 @@ def _joined(runs: list[Run]) -> list[Run]:
         else:
             out.append(run)
     return out
+
+
+def _drawn_bytes(row: Row) -> int:
+    """Returns how many bytes a row takes at least when it is drawn: its text and the changes of its look."""
+    runs = row.runs
+    if runs and not runs[-1].text:
+        runs = runs[:-1]
+    size, look = 0, b""
+    for run in runs:
+        size += len(run.text)
+        sgr = run.style + run.background
+        if sgr != look:
+            size += 4 + len(sgr)
+            look = sgr
+    return size
 
 
 def _margin_start(margins: bytes) -> tuple[int, int]:

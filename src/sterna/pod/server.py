@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -45,6 +47,25 @@ class Runner(Protocol):
         """The session is over for good."""
 
 
+class Picture(Protocol):
+    """A screen with its scroll-back, which takes long to draw; the steps are taken in this order."""
+
+    def begin(self) -> bool:
+        """It is this one's turn, on the loop; False if nobody wants it any more."""
+
+    def copy(self) -> None:
+        """Copies the screen, which is short work, beside the loop."""
+
+    def copied(self) -> None:
+        """The copy is there, on the loop."""
+
+    def paint(self) -> None:
+        """Draws the copy, beside the loop and all other work."""
+
+    def painted(self) -> None:
+        """The picture is there, on the loop."""
+
+
 StartRunner = Callable[["PodServer", PodSession, Open], Runner]
 """Starts what a new session needs; raises SternaError when that cannot be done."""
 
@@ -72,7 +93,10 @@ class PodServer:
         self.ticker = Ticker(self.reactor)
         self._pumps: set[Pump] = set()
         self._listener = Listener(self.reactor, unix_socket(path), self._accepted)
-        self._workers: ThreadPoolExecutor | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._painter: ThreadPoolExecutor | None = None
+        self._pictures: deque[Picture] = deque()
+        self._drawing = self._closed = False
         self._inode = os.stat(path).st_ino
         self.now = SYSTEM_CLOCK.monotonic
 
@@ -146,15 +170,45 @@ class PodServer:
         self.machine.acknowledge_due(session, now, True)
 
     def beside(self, work: Callable[[], None], done: Callable[[], None]) -> None:
-        """Has another thread do some work, then calls `done` on the loop."""
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(1, "screen")
+        """Has another thread do some short work, then calls `done` on the loop; neither after `close`."""
+        if not self._closed:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "screen")
+            self._submit(self._worker, work, done)
 
+    def draw(self, picture: Picture) -> None:
+        """Has a picture drawn after those that wait already, one at a time: only that one's copy takes memory."""
+        self._pictures.append(picture)
+        if not self._drawing:
+            self._draw_next()
+
+    def _draw_next(self) -> None:
+        self._drawing = False
+        while self._pictures and not self._drawing and not self._closed:
+            picture = self._pictures.popleft()
+            if picture.begin():
+                self._drawing = True
+                self.beside(picture.copy, functools.partial(self._copied, picture))
+
+    def _copied(self, picture: Picture) -> None:
+        picture.copied()
+        if not self._closed:
+            if self._painter is None:
+                self._painter = ThreadPoolExecutor(1, "picture")
+            self._submit(self._painter, picture.paint, functools.partial(self._painted, picture))
+
+    def _painted(self, picture: Picture) -> None:
+        try:
+            picture.painted()
+        finally:
+            self._draw_next()
+
+    def _submit(self, workers: ThreadPoolExecutor, work: Callable[[], None], done: Callable[[], None]) -> None:
         def finished(_future: Future[None]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self.reactor.loop.call_soon_threadsafe(self.reactor.run, done)
 
-        self._workers.submit(work).add_done_callback(finished)
+        workers.submit(work).add_done_callback(finished)
 
     def drained(self, pump: Conduit) -> None:
         """Sends what waited for this connection."""
@@ -172,8 +226,11 @@ class PodServer:
         """Stops serving: ends every session's runner and removes the socket, if it is still ours."""
         self._listener.close()
         self.ticker.close()
-        if self._workers is not None:
-            self._workers.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        self._pictures.clear()
+        for workers in (self._worker, self._painter):
+            if workers is not None:
+                workers.shutdown(wait=False, cancel_futures=True)
         for session in list(self.machine.sessions.values()):
             runner: Runner | None = session.payload  # type: ignore[assignment]  # only this class sets it
             session.payload = None

@@ -23,6 +23,7 @@ from sterna.units import SECOND
 _DATA, _ACK, _EOF, _SIGNAL = int(Type.DATA), int(Type.ACK), int(Type.EOF), int(Type.SIGNAL)
 _ANSWER = 2 * SECOND
 _GIVE_UP = limits.HANDSHAKE_SECONDS * SECOND
+_PARTS_MAX = limits.SNAPSHOT_MAX_BYTES // limits.SNAPSHOT_PART_BYTES + 1
 _FATAL = frozenset(
     (
         Code.DENIED, Code.EXPIRED, Code.REVOKED, Code.NOT_FOUND, Code.NO_AGENT, Code.ENDED, Code.VERSION,
@@ -251,6 +252,7 @@ class ClientMachine:
         self._events: deque[Event] = deque()
         self._farewells: dict[int, list[bytes]] = {}
         self._parts: list[bytes] = []
+        self._parts_bytes = 0
         self._replay_until = 0
         self._suspected = 0
         self._started = now
@@ -598,7 +600,7 @@ class ClientMachine:
                 self._resumed(connection, messages.unpack(Resumed, payload), now)
             elif kind == Type.CLOSE:
                 self._take_over(connection, now)
-                self._close(messages.unpack_shown(Close, payload))
+                self._events.append(Ended(messages.unpack_shown(Close, payload)))
             elif kind == Type.ERROR:
                 self._refused(connection, messages.unpack_shown(messages.Error, payload), now)
         elif handle == 0:
@@ -654,7 +656,7 @@ class ClientMachine:
         elif kind == Type.SNAPSHOT:
             self._snapshot(messages.unpack(messages.Snapshot, payload))
         elif kind == Type.CLOSE:
-            self._close(messages.unpack_shown(Close, payload))
+            self._events.append(Ended(messages.unpack_shown(Close, payload)))
         elif kind == Type.SUSPEND:
             if self._leaving:
                 self._drop(connection)
@@ -714,20 +716,18 @@ class ClientMachine:
     def _snapshot(self, part: messages.Snapshot) -> None:
         """Collects what repaints the screen; it moves our place in the output."""
         if part.part == 0:
-            self._parts = []
+            self._parts, self._parts_bytes = [], 0
             if part.lost is not None:
                 self._events.append(Gap(part.lost.start, part.lost.end))
         self._parts.append(part.data)
-        if sum(map(len, self._parts)) > limits.SNAPSHOT_MAX_BYTES:
-            raise ProtocolError(Code.TOO_LARGE, "a snapshot is too large")
+        self._parts_bytes += len(part.data)
+        if self._parts_bytes > limits.SNAPSHOT_MAX_BYTES or len(self._parts) > _PARTS_MAX:
+            raise ProtocolError(Code.TOO_LARGE, "a snapshot is too large, or has too many parts")
         if part.last:
-            data, self._parts = b"".join(self._parts), []
+            data, self._parts, self._parts_bytes = b"".join(self._parts), [], 0
             self.intake.skip(part.position)
             if data:
                 self._events.append(Screen(data, part.position, part.zstd))
-
-    def _close(self, close: Close) -> None:
-        self._events.append(Ended(close))
 
     def _refused(self, connection: _Connection, error: messages.Error, now: int) -> None:
         """Deals with an ERROR: again with better numbers, again later, or never."""

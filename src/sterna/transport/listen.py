@@ -12,10 +12,12 @@ import stat
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import Any
 
 from sterna import limits
 from sterna.errors import StorageError, UsageError
 from sterna.transport.pump import Reactor
+from sterna.transport.tls import TlsSocket
 
 _ACCEPT_BATCH = 64
 _PAUSE_SECONDS = 0.1
@@ -27,8 +29,8 @@ _UCRED = struct.Struct("iII")
 _NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _NOTSENT_BYTES = 64 * 1024
 
-Accepted = Callable[[socket.socket, str], None]
-"""Gets a connected, non-blocking socket (an SSLSocket whose handshake has not begun, with TLS) and the peer's name."""
+Accepted = Callable[[Any, str], None]
+"""Gets a connected, non-blocking socket (with TLS a `TlsSocket` whose handshake has not begun) and the peer's name."""
 
 
 def tcp_socket(host: str, port: int) -> socket.socket:
@@ -287,9 +289,7 @@ class Listener:
         assert self.context is not None
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            tls = self.context.wrap_socket(
-                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
-            )
+            tls = TlsSocket(sock, self.context, server_side=True)
         except OSError:
             sock.close()
             return

@@ -1,7 +1,6 @@
 """The one driver between a socket and a `Link`: reads, writes, TLS handshake, orderly close.
 
-It works on any asyncio loop through `add_reader`/`add_writer` with non-blocking sockets; a TLS socket is an
-`ssl.SSLSocket`, which costs 15 KiB per connection and one system call per record.
+It works on any asyncio loop through `add_reader`/`add_writer` with non-blocking sockets, or with a `TlsSocket` on one.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from sterna import limits
 from sterna.protocol.link import Link
+from sterna.transport.tls import TlsSocket
 
 READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
@@ -144,12 +144,12 @@ class Pump:
     """
 
     __slots__ = (
-        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_reactor", "_sock", "_timer", "_writing",
-        "data", "link", "owner", "peer", "tls",
+        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_raw", "_reactor", "_sock", "_timer",
+        "_tls", "_writing", "data", "link", "owner", "peer",
     )  # fmt: skip
 
     def __init__(
-        self, reactor: Reactor, sock: socket.socket, link: Link, owner: Owner, *, peer: str = "",
+        self, reactor: Reactor, sock: socket.socket | TlsSocket, link: Link, owner: Owner, *, peer: str = "",
         handshake: bool = False, on_open: Callable[[Pump], None] | None = None,
     ) -> None:  # fmt: skip
         self._reactor = reactor
@@ -158,7 +158,8 @@ class Pump:
         self.link = link
         self.owner = owner
         self.peer = peer
-        self.tls = isinstance(sock, ssl.SSLSocket)
+        self._tls = sock if isinstance(sock, TlsSocket) else None
+        self._raw = sock.raw if isinstance(sock, TlsSocket) else sock
         self.data: object = None
         self._handshake = handshake
         self._on_open = on_open
@@ -167,12 +168,12 @@ class Pump:
         self._timer: asyncio.TimerHandle | None = None
         link.wake = self._wake
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def socket(self) -> socket.socket:
         """The socket, to be looked at, not to be read or written."""
-        return self._sock
+        return self._raw
 
     @property
     def handshaking(self) -> bool:
@@ -201,13 +202,11 @@ class Pump:
 
     def _shake(self) -> None:
         """Goes on with the TLS handshake."""
-        assert isinstance(self._sock, ssl.SSLSocket)
+        assert self._tls is not None
         try:
-            self._sock.do_handshake()
-        except ssl.SSLWantReadError:
-            return
-        except ssl.SSLWantWriteError:
-            self._want_writer()
+            self._tls.do_handshake()
+        except _READ_AGAIN:
+            self._watch_unsent()
             return
         except OSError as error:
             self.abort(f"TLS handshake failed: {getattr(error, 'reason', None) or error}")
@@ -220,9 +219,14 @@ class Pump:
         self.flush()
         self._read()
 
+    def _watch_unsent(self) -> None:
+        """Has what TLS itself had to say sent once the socket takes it."""
+        if self._tls is not None and self._tls.unsent and not (self._writing or self._closed):
+            self._want_writer()
+
     def _read(self) -> None:
         """Reads what is there, at most one buffer, and hands it over in one piece."""
-        view, sock, filled = self._reactor.view, self._sock, 0
+        view, sock, tls, filled = self._reactor.view, self._sock, self._tls, 0
         reason, ended = "", False
         try:
             while filled < _BUDGET_BYTES:
@@ -232,13 +236,16 @@ class Pump:
                     break
                 filled += count
                 # Less than a record, or less than asked for: nothing more is there, and asking again would cost a call.
-                # TLS gives one record at a time, whole, and holds none back.
-                if not self.tls or count < _RECORD_BYTES:
+                if tls is None or (count < _RECORD_BYTES and not tls.more):
                     break
+            else:
+                if tls is not None and tls.more:
+                    self._reactor.loop.call_soon(self._read_on)  # the socket may have nothing more to say
         except _READ_AGAIN:
             pass
         except OSError as error:
             reason = str(error.strerror or error)
+        self._watch_unsent()
         if filled:
             self.owner.received(self, view[:filled])
             if self.link.closing and not self._closed:
@@ -249,6 +256,10 @@ class Pump:
             self.flush()
         if reason:
             self.abort(reason)
+
+    def _read_on(self) -> None:
+        if not self._closed:
+            self._reactor.run(self._read)
 
     def _wake(self) -> None:
         if not self._marked:
@@ -275,14 +286,15 @@ class Pump:
         self._send()
 
     def _send(self) -> None:
-        sock, link = self._sock, self.link
-        while self._pending is not None:
-            data = self._pending
+        sock, link, data = self._sock, self.link, self._pending
+        while True:
             try:
                 while data:
                     data = data[sock.send(data) :]
+                if self._tls is not None:
+                    self._tls.flush()
             except _READ_AGAIN:
-                self._pending = data
+                self._pending = data or memoryview(b"")
                 link.blocked = True
                 if not self._writing:
                     self._want_writer()
@@ -292,7 +304,10 @@ class Pump:
                 self.abort(str(error.strerror or error))
                 return
             parts = link.data_to_send()
-            self._pending = memoryview(b"".join(parts)) if parts else None
+            if not parts:
+                break
+            data = memoryview(b"".join(parts))
+        self._pending = None
         if self._writing:
             self._drop_writer()
         if link.closing:
@@ -303,7 +318,10 @@ class Pump:
 
     def _write_on(self) -> None:
         if self._handshake:
-            self._shake()
+            assert self._tls is not None
+            with contextlib.suppress(OSError):  # what is wrong with the socket is told by reading it
+                self._tls.flush()
+                self._drop_writer()
             return
         self._send()
         if self._pending is None and self.link.blocked and not self._closed:
@@ -327,14 +345,14 @@ class Pump:
             return
         self._finish("closed")
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+            self._raw.shutdown(socket.SHUT_WR)
         loop = self._reactor.loop
         loop.add_reader(self._fd, self._discard)
         self._timer = loop.call_later(_LINGER_SECONDS, self._gone)
 
     def _discard(self) -> None:
         try:
-            while socket.socket.recv_into(self._sock, self._reactor.view):
+            while self._raw.recv_into(self._reactor.view):
                 pass
         except (BlockingIOError, InterruptedError):
             return

@@ -1,0 +1,13 @@
+/** The entry point for browsers. */
+
+import { browser } from "./platform-browser.js";
+import { type ConnectOptions, connectWith, type Session } from "./session.js";
+
+export * from "./api.js";
+export { IndexedStorage } from "./platform-browser.js";
+export { browser as platform };
+
+/** Connects to a session by WebSocket; resolves once it is there. */
+export function connect(options: ConnectOptions): Promise<Session> {
+  return connectWith(browser, options);
+}

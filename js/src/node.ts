@@ -1,0 +1,13 @@
+/** The entry point for Node.js. */
+
+import { node } from "./platform-node.js";
+import { type ConnectOptions, connectWith, type Session } from "./session.js";
+
+export * from "./api.js";
+export { DirectoryStorage } from "./platform-node.js";
+export { node as platform };
+
+/** Connects to a session over TCP and TLS, or a WebSocket; resolves once it is there. */
+export function connect(options: ConnectOptions): Promise<Session> {
+  return connectWith(node, options);
+}

@@ -1,0 +1,87 @@
+"""What somebody with a link, or a token for little, can cost the others: their connections and calls are bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from sterna import limits
+from sterna.errors import Code
+from sterna.protocol import messages
+from sterna.protocol.frame import Type, encode
+from sterna.trust.device import DeviceKey
+from tests.e2e.raw_client import Raw, Site, new_device, unharmed
+from tests.e2e.rig import Rig, wait_for
+
+pytestmark = pytest.mark.xdist_group("refused-guests")
+
+CALLS = 3_000
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with Rig() as rig:
+        rig.start_pod("echo", "cat", kind="stream")
+        rig.start_node()
+        yield Site(rig)
+
+
+def link_to(site: Site, name: str) -> str:
+    owner = site.client()
+    owner.connect(name=name)
+    ticket: str = owner.call("share", session=name, mode="watch", ttl=600)["ticket"]
+    owner.close()
+    return ticket
+
+
+def guest(site: Site, ticket: str, device: DeviceKey) -> Raw:
+    return site.client(credential=ticket, device=device)
+
+
+def test_a_link_has_only_so_many_connections(site: Site) -> None:
+    ticket, device = link_to(site, "shared"), new_device()
+    with unharmed(site):
+        kept = []
+        for _ in range(limits.GUEST_CONNECTIONS_MAX):
+            raw = guest(site, ticket, device)
+            raw.connect(want="call", mode="watch", agent="")
+            kept.append(raw)
+        late = guest(site, ticket, device)
+        answer = late.ask(1, want="call", mode="watch", agent="")
+        assert isinstance(answer, messages.Error)
+        assert answer.code == Code.LIMIT
+        kept.pop().close()
+
+        def again() -> bool:
+            raw = guest(site, ticket, device)
+            kept.append(raw)
+            return isinstance(raw.ask(1, want="call", mode="watch", agent=""), messages.Accept)
+
+        wait_for(again, name="room for one more")
+        for raw in kept:
+            raw.close()
+
+
+def test_a_storm_of_calls_holds_nobody_up(site: Site) -> None:
+    ticket, device = link_to(site, "stormy"), new_device()
+    call = encode(Type.CALL, 0, 0, messages.pack(messages.Call(1, "list", msgspec.Raw(messages.pack({})))))
+    with unharmed(site, 16) as pulse:
+        for _ in range(20):
+            raw = guest(site, ticket, device)
+            raw.connect(want="call", mode="watch", agent="")
+            raw.raw(call * CALLS)
+            assert raw.code() == Code.LIMIT
+            raw.close()
+    assert max(pulse.times) < 0.5
+
+
+def test_calls_that_wait_are_answered_in_order(site: Site) -> None:
+    with site.client() as raw:
+        raw.connect(want="call")
+        for number in range(limits.CALLS_WAITING_MAX // 2):
+            raw.say(Type.CALL, 0, messages.Call(number, "list", msgspec.Raw(messages.pack({}))))
+        for number in range(limits.CALLS_WAITING_MAX // 2):
+            frame = raw.until(Type.RESULT)
+            assert messages.unpack(messages.Result, frame[3]).id == number

@@ -1,0 +1,132 @@
+"""The site in one process, on both event loops: files, names of hosts, a WebSocket, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from sterna.node.app import Node
+from sterna.node.config import NodeConfig
+from sterna.transport.listen import tcp_socket
+from sterna.trust.pins import local_pin
+from sterna.web.pages import STATIC, TYPES, load
+from sterna.web.site import Site, host_name
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    # A Unix socket's path has at most 107 bytes.
+    path = Path(tempfile.mkdtemp(prefix="st-"))
+    yield path
+    shutil.rmtree(path)
+
+
+class Served:
+    """A node with its site in this process."""
+
+    def __init__(self, node: Node, site: Site, port: int, context: ssl.SSLContext) -> None:
+        self.node, self.site, self.port, self.context = node, site, port, context
+
+    async def ask(self, text: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context)
+        writer.write(text.replace("\n", "\r\n").encode())
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            found = [line for line in head.split(b"\r\n") if line.startswith(b"Content-Length: ")]
+            return head + (await reader.readexactly(int(found[0][16:])) if found else b"")
+        finally:
+            writer.close()
+
+
+@pytest.fixture
+async def served(short_directory: Path) -> AsyncIterator[Served]:
+    state = str(short_directory / "n")
+    node = Node(NodeConfig(port=0, state=state, sockets=str(short_directory / "p")))
+    sock = tcp_socket("127.0.0.1", 0)
+    node.start()
+    site = Site(node, node.config.web_hosts())
+    site.listen(sock)
+    pin = local_pin(state)
+    assert pin is not None
+    context = pin.context()
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        yield Served(node, site, sock.getsockname()[1], context)
+    finally:
+        await site.close()
+        await node.close()
+        # What was told of the end in a turn of the loop of its own.
+        await asyncio.sleep(0.05)
+
+
+async def test_the_page_and_a_websocket_on_any_loop(served: Served) -> None:
+    answer = await served.ask("GET / HTTP/1.1\nHost: localhost\n\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (Path(STATIC) / "index.html").read_bytes() in answer
+    assert (await served.ask("GET /healthz HTTP/1.1\nHost: localhost\n\n")).endswith(b"ok\n")
+    answer = await served.ask(
+        "GET /ws HTTP/1.1\nHost: localhost\nUpgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Protocol: clawterm.v1\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+    assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
+    assert b"Sec-WebSocket-Protocol: clawterm.v1\r\n" in answer
+    assert b"Extensions" not in answer
+    assert served.node.accepted == 1
+    served.node.draining = True
+    assert b" 503 " in await served.ask("GET /healthz HTTP/1.1\nHost: localhost\n\n")
+
+
+async def test_a_node_with_too_many_connections_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.node, "adopt", lambda *_args, **_more: False)
+    answer = await served.ask(
+        "GET /ws HTTP/1.1\nHost: localhost\nUpgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
+        "Sec-WebSocket-Protocol: clawterm.v1\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("Node.Example:7222", "node.example"), ("node.example.", "node.example"), ("[::1]:7222", "::1"),
+        ("[0:0::1]", "::1"), ("127.0.0.1", "127.0.0.1"), ("", None), ("a@b", None), ("a:b", None), ("a/b", None),
+        ("[::1", None), ("[fe80::1%25eth0]", None), ("a?b", None), ("a#b", None),
+        ("n\udcffde", None), ("nöde", None), ("[::ffff:127.0.0.1]", "127.0.0.1"),
+    ],
+)  # fmt: skip
+def test_names_in_host_headers(host: str, name: str | None) -> None:
+    assert host_name(host) == name
+
+
+def test_every_file_of_the_page_has_a_type_and_only_hashed_names_are_kept(tmp_path: Path) -> None:
+    files = [path for path in Path(STATIC).rglob("*") if path.is_file()]
+    assert len(load()) == len(files), (
+        f"files without a type: {[path.name for path in files if path.suffix not in TYPES]}"
+    )
+    names = {
+        "app.3f9c2d1a.js": True, "app-3F9C2D1A.css": True, "sub/font-0123456789abcdef.woff2": True, "app.js": False,
+        "service-worker.js": False, "xterm-addon.js": False, "app.3f9c2d1a.js.map": True, "terminal.js": False,
+    }  # fmt: skip
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "secret.pem").write_text("x")
+    pages = load(str(tmp_path))
+    assert {path[1:]: "immutable" in page.cache for path, page in pages.items()} == names
+
+
+def test_nothing_in_the_page_needs_another_policy() -> None:
+    """No inline script or style and no other host: the policy forbids them."""
+    text = (Path(STATIC) / "index.html").read_text(encoding="utf-8")
+    assert "<style" not in text
+    assert " style=" not in text
+    assert "<script>" not in text
+    assert "http:" not in text
+    assert "https:" not in text
