@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,8 @@ import pytest
 
 from tests.e2e.rig import Rig, free_port, running, wait_for
 
-# What to type again, where `sterna` is not in the PATH.
-PROGRAM = shlex.join([sys.executable, "-m", "sterna"])
+# What to type again: the clients here are started as a module, which only counts where `sterna` is not in the PATH.
+PROGRAM = "sterna" if shutil.which("sterna") else shlex.join([sys.executable, "-m", "sterna"])
 
 
 @pytest.fixture(scope="module")
