@@ -182,8 +182,7 @@ class Ways:
 
 
 def _ways(endpoint: Endpoint, pin: Pin, host: str, port: int, quic_port: int | None, state: str | None) -> Ways:
-    """Returns the ways to a node: QUIC on `quic_port`, else $STERNA_QUIC_PORT; 0 or neither: never.
-    """
+    """Returns the ways to a node: QUIC on `quic_port`, else $STERNA_QUIC_PORT; 0 or neither: never."""
     if quic_port is None:
         named = os.environ.get("STERNA_QUIC_PORT", "")
         quic_port = int(named) if named.isdigit() and int(named) < 65_536 else None
