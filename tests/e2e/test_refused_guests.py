@@ -85,3 +85,14 @@ def test_calls_that_wait_are_answered_in_order(site: Site) -> None:
         for number in range(limits.CALLS_WAITING_MAX // 2):
             frame = raw.until(Type.RESULT)
             assert messages.unpack(messages.Result, frame[3]).id == number
+
+
+def test_the_idle_connection_of_a_revoked_device_ends(site: Site) -> None:
+    ticket, device = link_to(site, "lent"), new_device()
+    with site.client() as owner, guest(site, ticket, device) as raw:
+        raw.connect(want="call", mode="watch", agent="")
+        owner.connect(want="call")
+        assert owner.call("revoke", device=device.id.hex()) == {"device": device.id.hex()}
+        assert raw.code() == Code.REVOKED
+        assert raw.ended()
+        assert owner.alive()

@@ -315,6 +315,9 @@ class Calls:
             caller = connection.visitor
             if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):
                 connection.visitor = None  # no more CALLs
+                others = any(attachment.session is not None for attachment in connection.attachments.values())
+                if caller is not visitor and not others:
+                    connection.link.fail(Code.REVOKED, REVOKED_TEXT)
         return {"device": device.hex()}
 
     def _device(self, tenant: str, which: str) -> DeviceId:
