@@ -43,7 +43,8 @@ SOURCE = Path(__file__).parents[2] / "src"
 WAIT_SECONDS = 20
 
 PROGRAM = """
-import fcntl, os, select, sys, termios
+import fcntl, os, select, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may ignore it (nohup)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from sterna.client.terminal import Terminal
 with Terminal() as terminal:
