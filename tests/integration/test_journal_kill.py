@@ -35,8 +35,10 @@ def child(path: str, seed: int, acknowledge_first: bool) -> NoReturn:
     """Appends the stream for ever and says after each append how far it is; packs, releases, removes logs between."""
     rng = random.Random(seed)
     journal = open_journal(path)
-    keep = dict.fromkeys(("ring_bytes", "spill_bytes"), RING)
-    log = journal.open(NUMBER, **keep) if NUMBER in journal else journal.create(NUMBER, start=START, **keep)
+    if NUMBER in journal:
+        log = journal.open(NUMBER, ring_bytes=RING, spill_bytes=RING)
+    else:
+        log = journal.create(NUMBER, start=START, ring_bytes=RING, spill_bytes=RING)
     while True:
         size = rng.choice((1, 80, 1_000, 5_000, 30_000, 150_000))
         data = stream(NUMBER, log.end, size)
@@ -49,7 +51,7 @@ def child(path: str, seed: int, acknowledge_first: bool) -> NoReturn:
             log.pack()
         elif action == 1:
             log.release()
-            log = journal.open(NUMBER, **keep)
+            log = journal.open(NUMBER, ring_bytes=RING, spill_bytes=RING)
         elif action == 2:
             log.keep_from(log.end - rng.randrange(2 * RING))
         elif action == 3:

@@ -24,8 +24,10 @@ from sterna.node import app
 from sterna.node.app import Node
 from sterna.node.config import NodeConfig
 from sterna.pod.serve import AgentSession, serve
+from sterna.protocol.frame import Type
 from sterna.protocol.messages import Accept, Error
 from sterna.protocol.states import State
+from sterna.trust.device import DeviceKey
 from tests.e2e.raw_client import Raw, Site
 from tests.e2e.rig import Rig
 
@@ -293,3 +295,45 @@ def refused(site: Site) -> Error:
         answer = raw.ask(2, want="named", name="late")
         assert isinstance(answer, Error), answer
         return answer
+
+
+# ---- connections -----------------------------------------------------------------------------------------------------
+
+
+async def test_connections_are_counted_for_their_tenant_however_they_came_and_until_they_end(directory: Path) -> None:
+    async with agent(directory, Echo()), running(directory) as node:
+        site = Site(cast("Rig", SimpleNamespace(state=directory, port=node.address[1])))
+        node.crowd._most = 2
+        assert await asyncio.to_thread(came_and_went, site) == [Code.BUSY] * 2
+        await until(lambda: not node.connections)
+        assert not node.crowd._counts
+        assert await asyncio.to_thread(came_and_went, site) == [Code.BUSY] * 2
+
+
+def came_and_went(site: Site) -> list[Code]:
+    """How CONNECT and RESUME are answered while somebody has the one place that a tenant may have of two."""
+    with site.client() as gone:
+        body = gone.connect_body(exact=True)
+        gone.send(Type.CONNECT, 1, 0, gone.signed(body))
+        accept = gone.answer(1)
+        assert isinstance(accept, Accept), accept
+        with site.client() as late:
+            answers = [late.ask(want="call")]
+    back = resumed(site, gone.device, accept, body.attachment)
+    with back, site.client(device=gone.device) as again:
+        answers.append(again.resume(1, accept, body.attachment))
+    assert all(isinstance(answer, Error) for answer in answers), answers
+    return [Code(answer.code) for answer in answers if isinstance(answer, Error)]
+
+
+def resumed(site: Site, device: DeviceKey, accept: Accept, attachment: bytes) -> Raw:
+    """Comes back once the node knows that the connection before has ended."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        raw = site.client(device=device)
+        answer = raw.resume(1, accept, attachment)
+        if not isinstance(answer, Error):
+            return raw
+        assert answer.code == Code.BUSY
+        raw.close()
+    raise AssertionError("its place was not given back")

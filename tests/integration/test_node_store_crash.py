@@ -301,7 +301,7 @@ def test_damage_found_while_running_is_named_and_leads_to_a_fresh_start(db: Stor
     db = Store(directory)
     assert db.damaged is None, "reading all of it at each start would take too long"
     with pytest.raises(StorageError, match="damaged: restart"):
-        all(db.session(number) for number in range(1, 2_000))
+        [db.session(number) for number in range(1, 2_000)]  # one page of noise may look like an empty one
     db = again(db)
     assert db.damaged is not None
     assert db.sessions() == []

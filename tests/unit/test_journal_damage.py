@@ -250,6 +250,23 @@ def test_of_two_chunks_on_one_page_the_newer_is_right(
     journal.close()
 
 
+@pytest.mark.parametrize(("whole", "part"), [(4, 0), (4, 8), (0, 4)])
+def test_of_a_log_killed_while_it_was_packed_the_whole_chunk_is_right(tmp_path: Path, whole: int, part: int) -> None:
+    """The first of the smaller chunks was committed, the second not: all have the generation of the large one."""
+    path = tmp_path / "journal"
+    open_journal(path).close()
+    first = first_data_page(ARENA // PAGE_BYTES)
+    file = path / "arena-000000"
+    write_chunk(file, first + whole, 1, 1, 5, stream(1, 0, PAGE_BYTES + 1000))
+    write_chunk(file, first + part, 0, 1, 5, stream(1, 0, PAGE_BYTES))
+    for overlaps in (1, 0):
+        journal = open_journal(path)
+        log = journal.open(1)
+        assert (log.end, log.damaged, check_right(log, 1)) == (PAGE_BYTES + 1000, [], [])
+        assert journal.faults.overlaps == overlaps
+        journal.close()
+
+
 def test_entries_that_cannot_be_right_are_ignored_whatever_their_crc(tmp_path: Path) -> None:
     page = first_data_page(ARENA // PAGE_BYTES)
     cases = (

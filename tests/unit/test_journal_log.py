@@ -288,7 +288,7 @@ def test_impossible_arguments_are_refused(journal: Journal) -> None:
     wrong = {"number": (-1, 2**64), "start": (-1, 2**63), "ring_bytes": (0, -1), "spill_bytes": (-1, -5)}
     for name, bad in ((name, value) for name, values in wrong.items() for value in values):
         with pytest.raises(UsageError):
-            journal.create(**{"number": 1, name: bad})
+            journal.create(**{"number": 1, name: bad})  # type: ignore[arg-type]  # all of them are integers
     with pytest.raises(UsageError):
         MemoryLog(1, ring_bytes=0)
     journal.create(2**64 - 1).append(b"x")

@@ -426,21 +426,74 @@ def test_old_requests_are_swept_and_their_number_is_bounded(db: Store, monkeypat
     assert left() <= 6
 
 
-def test_a_ticket_binds_to_the_first_device_and_expires(db: Store) -> None:
+KEPT, DAY = limits.TICKET_KEPT_SECONDS * SECOND, 86_400 * SECOND
+
+
+def test_a_ticket_that_nobody_uses_expires(db: Store) -> None:
+    db.add_ticket(b"h" * 32, "ada", None, "*", "drive", NOW + 10, NOW)
+    assert db.redeem_ticket(b"h" * 32, MINE, NOW + 10) is None
+    assert (db.purge_tickets(NOW + 9), db.purge_tickets(NOW + 10)) == (0, 1)
+
+
+def test_a_ticket_binds_to_the_first_device_and_is_good_for_it_from_then_on(db: Store) -> None:
     number = make(db).number
     db.add_ticket(b"h" * 32, "ada", number, "bash", "watch", NOW + 10, NOW)
     assert db.redeem_ticket(b"x" * 32, MINE, NOW) is None
-    ticket = db.redeem_ticket(b"h" * 32, MINE, NOW)
+    ticket = db.redeem_ticket(b"h" * 32, MINE, NOW + 9)
     assert ticket is not None
     assert (ticket.tenant, ticket.session, ticket.agents, ticket.mode, ticket.expires) == (
-        "ada", number, "bash", "watch", NOW + 10,
+        "ada", number, "bash", "watch", NOW + 9 + KEPT,
     )  # fmt: skip
     db = again(db)
-    assert db.redeem_ticket(b"h" * 32, OTHER, NOW) is None
-    assert db.redeem_ticket(b"h" * 32, MINE, NOW + 9) == ticket
-    assert db.redeem_ticket(b"h" * 32, MINE, NOW + 10) is None
-    assert (db.purge_tickets(NOW + 9), db.purge_tickets(NOW + 10)) == (0, 1)
+    assert db.redeem_ticket(b"h" * 32, OTHER, NOW + 9) is None
+    assert db.redeem_ticket(b"h" * 32, MINE, NOW + 11) == ticket
+    assert db.redeem_ticket(b"h" * 32, MINE, ticket.expires) is None
+    assert (db.purge_tickets(ticket.expires - 1), db.purge_tickets(ticket.expires)) == (0, 1)
     db.close()
+
+
+def test_a_ticket_holds_from_its_last_use_which_is_written_once_a_day(
+    db: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.add_ticket(b"h" * 32, "ada", None, "*", "drive", NOW + 10, NOW)
+    written, write = list[str](), db._db.write
+
+    def counted(sql: str, *values: Any) -> int:
+        written.append(sql)
+        return write(sql, *values)
+
+    monkeypatch.setattr(db._db, "write", counted)
+    now = NOW
+    for _ in range(3):
+        for hour in range(24):
+            assert db.redeem_ticket(b"h" * 32, MINE, now + hour * 3600 * SECOND) is not None
+        now += DAY
+    assert len(written) == 3
+    now += KEPT - 2 * DAY
+    for device, expires in ((OTHER, None), (MINE, now + KEPT)):
+        found = db.redeem_ticket(b"h" * 32, device, now)
+        assert (found.expires if found is not None else None) == expires
+    assert len(written) == 4
+    back = db.redeem_ticket(b"h" * 32, MINE, NOW)
+    assert back is not None
+    assert back.expires == now + KEPT, "a clock that went back shortens nothing"
+
+
+def test_of_too_many_tickets_the_one_unused_for_longest_goes(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "TICKETS_PER_TENANT_MAX", 3)
+    one, two, three, four, foreign = (bytes([i]) * 32 for i in range(5))
+    for number, hashed in enumerate((one, two, three)):
+        db.add_ticket(hashed, "ada", None, "*", "drive", NOW + 5 * DAY, NOW)
+        assert number == 2 or db.redeem_ticket(hashed, MINE, NOW + number * SECOND)
+    db.add_ticket(foreign, "bob", None, "*", "drive", NOW + 5 * DAY, NOW)
+    assert db.redeem_ticket(foreign, MINE, NOW)
+    assert db.redeem_ticket(one, MINE, NOW + 2 * DAY)
+    db.add_ticket(four, "ada", None, "*", "drive", NOW + 5 * DAY, NOW + 2 * DAY)
+    held = [db.redeem_ticket(hashed, MINE, NOW + 2 * DAY) is not None for hashed in (one, two, foreign)]
+    assert held == [True, False, True]
+    db.add_ticket(two, "ada", None, "*", "drive", NOW + 5 * DAY, NOW + 2 * DAY)
+    assert db.redeem_ticket(one, MINE, NOW + 2 * DAY) is None
+    assert code(lambda: db.add_ticket(one, "ada", None, "*", "drive", NOW + 9 * DAY, NOW + 3 * DAY)) is Code.LIMIT
 
 
 def test_tickets_end_with_their_session_and_are_bounded(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +502,6 @@ def test_tickets_end_with_their_session_and_are_bounded(db: Store, monkeypatch: 
     db.add_ticket(b"i" * 32, "ada", None, "*", "drive", NOW + 10, NOW)
     db.close_session(number, NOW)
     assert db.redeem_ticket(b"h" * 32, MINE, NOW) is None
-    assert db.redeem_ticket(b"i" * 32, MINE, NOW) is not None
     monkeypatch.setattr(store, "TICKETS_PER_TENANT_MAX", 1)
     assert code(lambda: db.add_ticket(b"j" * 32, "ada", None, "*", "drive", NOW + 10, NOW)) is Code.LIMIT
     db.add_ticket(b"j" * 32, "bob", None, "*", "drive", NOW + 10, NOW)

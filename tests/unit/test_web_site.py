@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import shutil
 import ssl
 import tempfile
@@ -11,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from sterna import __version__
 from sterna.node.app import Node
 from sterna.node.config import NodeConfig
 from sterna.transport.listen import tcp_socket
 from sterna.trust.pins import local_pin
-from sterna.web.pages import STATIC, TYPES, load
+from sterna.web.pages import STATIC, TYPES, load, takes_gzip
 from sterna.web.site import Site, host_name
 
 
@@ -81,6 +84,61 @@ async def test_the_page_and_a_websocket_on_any_loop(served: Served) -> None:
     assert served.node.accepted == 1
     served.node.draining = True
     assert b" 503 " in await served.ask("GET /healthz HTTP/1.1\nHost: localhost\n\n")
+
+
+async def test_files_go_compressed_to_who_takes_that(served: Served) -> None:
+    style = (Path(STATIC) / "page.css").read_bytes()
+
+    async def get(more: str) -> tuple[dict[str, str], bytes]:
+        answer = await served.ask(f"GET /page.css HTTP/1.1\nHost: localhost\n{more}\n")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        return {"status": status[9:12], **dict(line.split(": ", 1) for line in lines)}, body
+
+    plain, body = await get("")
+    assert body == style
+    assert "Content-Encoding" not in plain
+    packed, body = await get("Accept-Encoding: br, gzip;q=0.5\n")
+    assert gzip.decompress(body) == style
+    assert len(body) < len(style) / 2
+    assert packed["Content-Encoding"] == "gzip"
+    assert packed["Content-Type"] == plain["Content-Type"] == TYPES[".css"]
+    assert packed["Vary"] == plain["Vary"] == "Accept-Encoding"
+    assert packed["ETag"] != plain["ETag"]
+    for more, tag, status in (
+        ("Accept-Encoding: gzip\n", packed["ETag"], "304"), ("", plain["ETag"], "304"),
+        ("Accept-Encoding: gzip\n", plain["ETag"], "200"), ("", packed["ETag"], "200"),
+    ):  # fmt: skip
+        again, _ = await get(f"{more}If-None-Match: {tag}\n")
+        assert again["status"] == status
+        assert again["Vary"] == "Accept-Encoding"
+    answer = await served.ask("GET /icon-192.png HTTP/1.1\nHost: localhost\nAccept-Encoding: gzip\n\n")
+    assert answer.endswith((Path(STATIC) / "icon-192.png").read_bytes())
+    assert b"Vary" not in answer.partition(b"\r\n\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "takes"),
+    [
+        ("", False), ("gzip", True), ("br, GZIP", True), ("gzip;q=0", False), ("gzip; q=0.000", False),
+        ("gzip;q=0.1", True), ("*", True), ("*;q=0", False), ("*, gzip;q=0", False), ("identity", False),
+        ("x-gzip2", False), (",;,", False),
+    ],
+)  # fmt: skip
+def test_who_takes_gzip(accepted: str, takes: bool) -> None:
+    assert takes_gzip(accepted) is takes
+
+
+async def test_the_node_says_who_it_is(served: Served) -> None:
+    head, _, body = (await served.ask("GET /node HTTP/1.1\nHost: localhost:7222\n\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"Content-Type: application/json" in head
+    assert b"Cache-Control: no-store\r\n" in head
+    told = json.loads(body)
+    assert told == {"id": served.node.identity.node_id.hex(), "name": "localhost", "version": __version__}
+    served.node.config.names = ["build.example", "other.example"]
+    assert b'"build.example"' in await served.ask("GET /node HTTP/1.1\nHost: localhost\n\n")
+    assert b" 421 " in await served.ask("GET /node HTTP/1.1\nHost: evil.example\n\n")
 
 
 async def test_a_node_with_too_many_connections_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

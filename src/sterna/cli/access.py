@@ -15,6 +15,7 @@ from sterna.errors import UsageError
 
 if TYPE_CHECKING:
     from sterna.client.calls import Caller
+    from sterna.trust.links import ShareLink
 
 _TTL_MAX_SECONDS = 30 * 86_400
 _TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
@@ -23,6 +24,7 @@ _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 
 @click.command()
 @click.argument("session", required=False)
+@click.option("--all", "every", is_flag=True, help="The link opens all sessions and agents, and may begin new ones.")
 @click.option("--watch", is_flag=True, help="The link allows looking on, not typing.")
 @click.option("--ttl", type=DURATION, default="10m", show_default=True, help="How long the link can be opened.")
 @click.option("--host", help="Host in the link: how the other device reaches this node.")
@@ -32,36 +34,35 @@ _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def share(
-    session: str | None, watch: bool, ttl: float, host: str | None, port: int | None, web_port: int | None,
-    local: bool, state: str | None, as_json: bool,
+    session: str | None, every: bool, watch: bool, ttl: float, host: str | None, port: int | None,
+    web_port: int | None, local: bool, state: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print a link and a QR code that open SESSION on one other device: in its browser, or in a terminal.
+    """Print a link and a QR code that open SESSION (or --all) on one other device: in its browser, or in a terminal.
 
     Where no node runs on this machine, --host and --port also say which node is asked.
     """
     from sterna.cli.output import print_json
     from sterna.client.calls import pick
-    from sterna.ids import NodeId, SessionUid
-    from sterna.trust.links import ShareLink
 
     if not 1 <= ttl <= _TTL_MAX_SECONDS:
         raise UsageError(f"A link lives for 1 second to {_TTL_MAX_SECONDS // 86_400} days: choose another --ttl.")
     if local and host is not None:
         raise UsageError("--local and --host contradict each other: leave one out.")
+    if every and session is not None:
+        raise UsageError("--all is for all sessions: leave the session's name out.")
     with _sharing_node(state, host, port) as caller:
         about = caller.call("node")
         address = _local_host(about["host"]) if local else _link_host(host, about["host"])
-        sessions, _agents = caller.listing()
-        chosen = pick(sessions, session) if session is not None else _only(sessions)
-        mode = "watch" if watch else "drive"
-        shared = caller.call("share", session=chosen["uid"], mode=mode, ttl=int(ttl))
-    session_port = port or about["port"]
+        which: dict[str, Any] = {"all": True}
+        if not every:
+            sessions, agents = caller.listing()
+            found = pick(sessions, session, agents) if session is not None else _only(sessions, agents)
+            which = {"session": found["uid"]}
+        shared = caller.call("share", mode="watch" if watch else "drive", ttl=int(ttl), **which)
     page = web_port or about["web_port"]
-    link = ShareLink(
-        address, page or session_port, session_port=session_port, ticket=shared["ticket"],
-        node_id=NodeId(bytes.fromhex(shared["node"])), session=SessionUid(bytes.fromhex(shared["session"])),
-        agent=shared["agent"], mode=mode,
-    )  # fmt: skip
+    link = _link(shared, address, port or about["port"], page)
+    if page and not (local or web_port):
+        _check_page(about)
     web = link.web() if page else None
     if as_json:
         keys = ("name", "session", "agent", "mode", "expires")
@@ -73,21 +74,37 @@ def share(
         _explain(link.terminal(), web, ttl, shared["name"], watch=watch)
 
 
-def _explain(terminal: str, web: str | None, ttl: float, name: str, *, watch: bool) -> None:
+def _link(shared: dict[str, Any], host: str, port: int, page: int) -> ShareLink:
+    """Returns the link to what a node shared; `page` is its web page's port, 0 if it has none."""
+    from sterna.ids import NodeId, SessionUid
+    from sterna.trust.links import ShareLink
+
+    uid = shared["session"]
+    return ShareLink(
+        host, page or port, session_port=port, ticket=shared["ticket"], node_id=NodeId(bytes.fromhex(shared["node"])),
+        session=SessionUid(bytes.fromhex(uid)) if uid is not None else None, agent=shared["agent"],
+        mode=shared["mode"],
+    )  # fmt: skip
+
+
+def _explain(terminal: str, web: str | None, ttl: float, name: str | None, *, watch: bool) -> None:
     """Says on a terminal what to do with a link, and draws it for a phone's camera."""
     from sterna.cli.duration import in_words
 
-    _print_qr(web or terminal)
+    print_qr(web or terminal)
     can = "looks on at" if watch else "opens"
-    print(f"On another device, within {in_words(ttl)}, this {can} the session {name}:")
+    what = f"the session {name}" if name is not None else "all sessions"
+    print(f"On another device, within {in_words(ttl)}, this {can} {what}:")
     if web is not None:
         print(f"    {web}")
         print("in a browser, which is also what the code above says. If the node has no certificate of a public")
         print("authority (`sterna node --tls-cert`, or a reverse proxy), browsers warn first. In a terminal:")
+    else:
+        print("(in a browser only if the node has a web page: `sterna up` has one, `sterna node` with --web-port 7222)")
     print("    sterna attach -")
     print("and paste the first link, which nobody else sees then; or, on a machine that has no other users:")
     print(f"    sterna attach '{terminal}'")
-    print("It is for the first device that uses it, which may use it again until then.")
+    print("It is for the first device that uses it, which may come back with it for 30 days after each use.")
 
 
 def _sharing_node(state: str | None, host: str | None, port: int | None) -> Caller:
@@ -123,7 +140,7 @@ def _link_host(host: str | None, listening: str) -> str:
             )
         return host
     if listening in _ANY_ADDRESS:
-        found = _own_address()
+        found = own_address()
         if found is None:
             raise UsageError("This machine has no address that other devices could reach: give --host.")
         return found
@@ -132,12 +149,25 @@ def _link_host(host: str | None, listening: str) -> str:
         raise UsageError(
             f"The node listens on {listening}, which another device cannot reach: {reason}. "
             "Start it with `sterna up --host 0.0.0.0` (or `sterna node --tls-cert`, which browsers trust), or give "
-            "--host if something forwards to it, as a reverse proxy; --local makes a link for this machine itself."
+            "--host if something forwards to it, as a reverse proxy (docs/operations.md has the words for nginx and "
+            "Caddy); --local makes a link for this machine itself."
         )
     return listening
 
 
-def _own_address() -> str | None:
+def _check_page(about: dict[str, Any]) -> None:
+    """Says what to do where the web page listens for this machine only, although the node does not."""
+    from sterna.trust.links import unreachable_reason
+
+    listening = about["web_host"]
+    if listening != about["host"] and listening not in _ANY_ADDRESS and unreachable_reason(listening) is not None:
+        sys.stderr.write(
+            f"sterna: the web page listens on {listening} only, so its link works if a reverse proxy forwards to it: "
+            "give its port with --web-port 443.\n"
+        )
+
+
+def own_address() -> str | None:
     """Returns the address that this machine has towards the rest of the world; nothing is sent (RFC 5737, 3849)."""
     from sterna.trust.links import unreachable_reason
 
@@ -153,17 +183,22 @@ def _own_address() -> str | None:
     return None
 
 
-def _only(sessions: list[dict[str, Any]]) -> dict[str, Any]:
+def _only(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the session that goes on, if it is one; raises UsageError."""
     going = [session for session in sessions if session["state"] != "exited"]
     if len(going) == 1:
         return going[0]
     if not going:
-        raise UsageError("There is no session to share: `sterna attach` begins one.")
+        names = sorted(agent["name"] for agent in agents)
+        if not names:
+            raise UsageError("There is no session to share, and no agent to begin one: start one with `sterna up`.")
+        begin = "sterna attach" if "main" in names or len(names) == 1 else f"sterna attach {names[0]}"
+        text = f"There is no session to share: `{begin}` begins one; `sterna share --all` shares those to come."
+        raise UsageError(text)
     raise UsageError(f"There are several sessions ({', '.join(s['name'] for s in going[:10])}): name one.")
 
 
-def _print_qr(text: str) -> None:
+def print_qr(text: str) -> None:
     """Draws a QR code with half blocks, light on dark whatever the terminal's colours are."""
     import io
     import os

@@ -84,8 +84,8 @@ def examine(state: str | None = None, config_path: str | None = None) -> Iterato
     """Yields everything that was looked at; a check that breaks is a finding itself."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python, _libraries, lambda: _config(config_path), lambda: _state(state), lambda: _device(state),
-        lambda: _node(state), lambda: _journal(state, config_path), lambda: _disk(state), _clock, _terminal, _limits,
-        _logout,
+        lambda: _node(state), lambda: _database(state), lambda: _journal(state, config_path), lambda: _disk(state),
+        _clock, _terminal, _limits, _logout,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -195,6 +195,15 @@ def _device(state: str | None) -> Iterator[Finding]:
         yield Finding("FAIL", "device", str(error))
         return
     yield Finding("OK", "device", f"this device is {key.id.hex()[:16]}")
+
+
+def _database(state: str | None) -> Iterator[Finding]:
+    directory = os.path.join(_base(state), "node")
+    found = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    aside = [name for name in found if ".db.damaged-" in name and not name.endswith(("-wal", "-shm"))]
+    if aside:
+        text = f"{len(aside)} damaged one(s) moved aside: the sessions, devices and links in it are lost"
+        yield Finding("WARN", "database", text, f"check the disk, then remove {os.path.join(directory, aside[-1])}*")
 
 
 def _journal(state: str | None, config_path: str | None) -> Iterator[Finding]:

@@ -19,17 +19,19 @@ from sterna.errors import RefusedError, StorageError, UsageError
 from sterna.units import MILLISECOND, SECOND
 
 if TYPE_CHECKING:
+    from sterna.client.calls import Caller
     from sterna.client.cast import CastReader, CastWriter
     from sterna.client.endpoint import Endpoint
     from sterna.client.session import Wish
     from sterna.client.terminal import Terminal
     from sterna.protocol.client import Event
 
-_SIZE_EVERY_SECONDS = 1.0
+_SIZE_EVERY_SECONDS = 0.5
 _WRITE_MS = 10_000
 _QUIT = b"q\x03\x04Q"
 _SPACE = 0x20
 _DEFAULT_SIZE = (80, 24)
+_TERM = "xterm-256color"
 
 
 @click.command()
@@ -83,30 +85,60 @@ def _make(file: str, overwrite: bool) -> int:
 
 
 class _Sizes(threading.Thread):
-    """Asks the node, on a connection of its own, how large the session's terminal is; `size` is its last answer."""
+    """Asks the node, on a connection of its own, how large the session's terminal is; `size` is its last answer.
+
+    Each change makes the descriptor `changed` readable, until `close`.
+    """
 
     def __init__(self, endpoint: Endpoint, uid: str, state: str | None, size: tuple[int, int]) -> None:
         super().__init__(daemon=True)
         self._endpoint = endpoint
         self._uid = uid
         self._state = state
-        self._stop = threading.Event()
+        self._wanted = threading.Event()
+        self._stopped = threading.Event()
+        self._asked = 0.0
+        self.changed, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.size = size
 
+    def ask(self) -> None:
+        """Has the node asked once more, soon: the size may be another one."""
+        self._wanted.set()
+
     def run(self) -> None:
-        """Asks once a second; while the node cannot be reached the size stays as it was."""
+        """Asks when it is told to; while the node cannot be reached the size stays as it was."""
         from sterna.client.calls import Caller
         from sterna.errors import SternaError
 
-        while not self._stop.is_set():
-            with contextlib.suppress(SternaError), Caller(self._endpoint, state=self._state) as caller:
-                while not self._stop.wait(_SIZE_EVERY_SECONDS):
-                    self.size = _size_of(caller.call("info", session=self._uid), self.size)
-            self._stop.wait(_SIZE_EVERY_SECONDS)
+        while self._next():
+            try:
+                with Caller(self._endpoint, state=self._state) as caller:
+                    self._answered(caller)
+                    while self._next():
+                        self._answered(caller)
+            except SternaError:
+                self.ask()
+        os.close(self._write)
 
-    def stop(self) -> None:
+    def _next(self) -> bool:
+        """Waits until the node is to be asked, not too often; False once it is not any more."""
+        self._wanted.wait()
+        self._stopped.wait(self._asked + _SIZE_EVERY_SECONDS - time.monotonic())
+        self._wanted.clear()
+        self._asked = time.monotonic()
+        return not self._stopped.is_set()
+
+    def _answered(self, caller: Caller) -> None:
+        known, self.size = self.size, _size_of(caller.call("info", session=self._uid), self.size)
+        if self.size != known:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(self._write, b".")
+
+    def close(self) -> None:
         """Asks no more."""
-        self._stop.set()
+        self._stopped.set()
+        self._wanted.set()
+        os.close(self.changed)
 
 
 def _size_of(about: dict[str, Any], known: tuple[int, int]) -> tuple[int, int]:
@@ -133,9 +165,10 @@ class _Recorder:
         self._name = str(about["name"])
         self._path = path
         self._writer: CastWriter = CastWriter(
-            fd, path, *size, now=time.monotonic_ns(), wall_s=int(time.time()), title=self._name, term="xterm-256color"
+            fd, path, *size, now=time.monotonic_ns(), wall_s=int(time.time()), title=self._name, term=_TERM
         )
-        self._machine = make_machine(endpoint, wish, state=state, size=(0, 0), mode="watch")
+        # As a terminal with a size of its own it gets a picture of the screen whenever the session has another one.
+        self._machine = make_machine(endpoint, wish, state=state, size=size, term=_TERM, mode="watch")
         self._driver = PollDriver(self._machine, endpoint, self._event)
         self._sizes = _Sizes(endpoint, about["uid"], state, size)
         self._over = False
@@ -152,14 +185,14 @@ class _Recorder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         self._driver.watch(wake[0], select.POLLIN, lambda _events: self._stop(wake[0]))
+        self._driver.watch(self._sizes.changed, select.POLLIN, lambda _events: self._resized())
         self._sizes.start()
         try:
             while not self._over:
-                self._driver.turn(time.monotonic_ns() + SECOND)
-                self._writer.resize(*self._sizes.size, time.monotonic_ns())
+                self._driver.turn()
         finally:
-            self._sizes.stop()
             self._driver.close()
+            self._sizes.close()
             signal.set_wakeup_fd(-1)
             for descriptor in wake:
                 os.close(descriptor)
@@ -178,9 +211,17 @@ class _Recorder:
         self._writer.flush(now)
         self._machine.suspend(now)
 
+    def _resized(self) -> None:
+        os.read(self._sizes.changed, 4096)
+        if not (self._stopping or self._over):
+            self._writer.resize(*self._sizes.size, time.monotonic_ns())
+            self._machine.resize(*self._sizes.size)
+
     def _event(self, event: Event) -> None:
         from sterna.protocol import client as machine
 
+        # Who joins, leaves or types may bring another size; a picture and a program's output may come of one.
+        self._sizes.ask()
         now = time.monotonic_ns()
         if isinstance(event, machine.Output):
             self._output(event.data, event.end, now)

@@ -11,12 +11,17 @@ import socket
 import threading
 from collections.abc import Callable
 
+from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import UsageError
 from sterna.node.app import Node
 from sterna.node.config import WEB_PORT, NodeConfig
 from sterna.node.logs import configure
 from sterna.transport.listen import tcp_socket
 from sterna.trust.fingerprint import fingerprint
+from sterna.trust.links import ShareLink
+from sterna.trust.local import LOCAL_TENANT
+from sterna.trust.tickets import new_ticket
+from sterna.units import SECOND
 
 log = logging.getLogger("sterna.node")
 
@@ -45,6 +50,19 @@ class Ready:
     def agent(self, name: str, seconds: float) -> tuple[str | None, int]:
         """Returns what an agent says that it runs (None: nothing within `seconds`) and how many sessions it has."""
         return asyncio.run_coroutine_threadsafe(self._agent(name, seconds), self._loop).result()
+
+    def invitation(self, host: str, seconds: int) -> str:
+        """Returns a link to the page at `host` that opens all sessions on the first device to use it in that time."""
+        return asyncio.run_coroutine_threadsafe(self._invitation(host, seconds), self._loop).result()
+
+    async def _invitation(self, host: str, seconds: int) -> str:
+        node, wall = self._node, SYSTEM_CLOCK.wall()
+        ticket, hashed = new_ticket()
+        node.store.add_ticket(hashed, LOCAL_TENANT, None, "*", "drive", wall + seconds * SECOND, wall)
+        return ShareLink(
+            host, node.config.web_port, session_port=self.port, ticket=ticket, node_id=node.identity.node_id,
+            mode="drive",
+        ).web()  # fmt: skip
 
     async def _agent(self, name: str, seconds: float) -> tuple[str | None, int]:
         deadline = self._loop.time() + seconds

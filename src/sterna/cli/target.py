@@ -80,13 +80,15 @@ def choose(
     default: on a terminal).
     """
     target = without_trace(target)
-    if target is not None and is_link(target):
-        if name is not None or fresh:
-            raise UsageError("A share link names its session: leave --name and --new out.")
-        return find(state=state, link=target), Wish("join")
     if name is not None and fresh:
         raise UsageError("Choose either --name, which finds or makes a session, or --new.")
-    if target is not None and ("@" in target or target.startswith("ssh://")):
+    if target is not None and is_link(target):
+        endpoint, target = find(state=state, link=target), None
+        if endpoint.session is not None:
+            if name is not None or fresh:
+                raise UsageError("A share link names its session: leave --name and --new out.")
+            return endpoint, Wish("join")
+    elif target is not None and ("@" in target or target.startswith("ssh://")):
         from sterna.cli import ssh
 
         endpoint, target = ssh.reach(target, state=state, port=port)
@@ -200,6 +202,8 @@ def named_session(
     endpoint = find(state=state, link=link) if link is not None else find(state=state, host=host, port=port)
     with Caller(endpoint, state=state) as caller:
         sessions, agents = caller.listing()
+        if link is not None and endpoint.session is None:
+            raise UsageError("This link is for all sessions and names none: `sterna attach` takes it.")
         if link is not None and len(sessions) != 1:
             raise RefusedError(Code.NOT_FOUND, "The session of this link is over.")
         about = caller.call("info", session=(sessions[0] if link is not None else pick(sessions, which, agents))["uid"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -25,12 +26,13 @@ _STOP_SECONDS = 5.0
 _ASK_SECONDS = 3.0
 _POLL_SECONDS = 0.01
 _LOG = "node.log"
+_LINK_SECONDS = 3600
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=7220, show_default=True, type=click.IntRange(0, 65535), help="TCP port.")
-@click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page, usually 7222; 0: none (0).")
+@click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page (7222); 0: none.")
 @click.option(
     "--quic-port", default=7221, show_default=True, type=click.IntRange(0, 65535), help="UDP port of QUIC; 0: none."
 )  # fmt: skip
@@ -57,14 +59,14 @@ def up(
     from sterna import paths
     from sterna.cli.loop import run
     from sterna.cli.serve import serve_node
-    from sterna.node.config import NodeConfig
+    from sterna.node.config import WEB_PORT, NodeConfig
 
     if no_web and web_port:
         raise UsageError("--no-web and --web-port contradict each other: leave one out.")
     base = paths.state_dir(state)
     sockets = paths.private_dir(os.path.join(base, "sockets")) if state is not None else paths.runtime_dir()
     config = NodeConfig(
-        host=host, port=port, web_port=0 if no_web or web_port is None else web_port,
+        host=host, port=port, web_port=0 if no_web else WEB_PORT if web_port is None else web_port,
         web_names=list(web_names), state=os.path.join(base, "node"), sockets=sockets, log_level=log_level or "info",
         quic_port=quic_port,
     )  # fmt: skip
@@ -192,9 +194,46 @@ def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
     place = f"{about.host} port {about.port}"
     print(f"The node listens on {place} (pid {os.getpid()}, fingerprint {about.fingerprint}).")
     if about.url is not None:
-        print(f"The web page is at {about.url}; `sterna share` makes a link for another device.")
+        _tell_page(about, about.url)
     print(f"The agent {agent!r} is ready:  {_attach(agent)}")
     print(f"Ctrl-C stops the node, the programs go on; `{shlex.join(program())} down` stops all.", flush=True)
+
+
+def _tell_page(about: Ready, url: str) -> None:
+    """Says where the web page is; on a terminal with a link that opens it: a secret, which logs must not have."""
+    share = shlex.join([*program(), "share"])
+    host, away = _page_host(about.host)
+    link = None
+    if sys.stdout.isatty():
+        try:
+            link = about.invitation(host, _LINK_SECONDS)
+        except SternaError as error:
+            print(f"sterna: there is no link to the web page now: {error}", file=sys.stderr)
+    if link is None:
+        print(f"The web page is at {url}; `{share}` makes a link for another device.")
+    elif away:
+        from sterna.cli.access import print_qr
+
+        print_qr(link)
+        print("The code above opens all sessions on your phone, as does this link in the browser of another device:")
+        print(f"    {link}")
+        print("It is good for an hour and for the first that uses it; browsers warn first, as no public authority made")
+        print(f"the node's certificate. `{share} --all` makes another one.")
+    else:
+        print("In a browser on this machine, within an hour, this opens all sessions for the first that uses it:")
+        print(f"    {link}")
+        again = shlex.join([*program(), "up", "--host"])
+        print(f"For your phone the node has to listen where that can reach it: `{again} 0.0.0.0`.")
+
+
+def _page_host(listening: str) -> tuple[str, bool]:
+    """Returns the host for a link to the web page, and whether another device can reach it."""
+    from sterna.cli.access import own_address
+    from sterna.trust.links import unreachable_reason
+
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening)  # noqa: S104 -- compared with, not bound to
+    host = listening if here is None else own_address() or here
+    return host, unreachable_reason(host) is None
 
 
 @click.command()
@@ -210,23 +249,39 @@ def down(state: str | None) -> None:
     if os.path.isdir(sockets):
         agents = [os.path.join(sockets, name) for name in sorted(os.listdir(sockets)) if "_" in name]
     # The agents first: while the node runs it learns from them that their sessions ended, and how.
-    stopping = [path for path in agents if _stop(path)]
+    silent: list[str] = []
+    deadline = time.monotonic() + _STOP_SECONDS
+    stopping = [path for path in agents if _stop(path, deadline, silent)]
     deadline = time.monotonic() + _STOP_SECONDS
     while any(map(os.path.exists, stopping)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    stopped = len(stopping) + _stop(os.path.join(state_of_node(base), LOCAL_SOCKET))
-    if not stopped:
+    node = os.path.join(state_of_node(base), LOCAL_SOCKET)
+    stopped = len(stopping) + _stop(node, time.monotonic() + _STOP_SECONDS, silent)
+    if not stopped and not silent:
         raise UsageError("Nothing runs here.")
-    print(f"Stopped {stopped} process{'es' if stopped > 1 else ''}.")
+    if stopped:
+        print(f"Stopped {stopped} process{'es' if stopped > 1 else ''}.")
+    if silent:
+        raise AgentError(f"What serves {silent[0]} hangs: find its process with `ss -xlp` and end it with `kill -9`.")
 
 
-def _stop(path: str) -> bool:
-    """Asks who serves a socket to end, if that is one of our processes, and returns whether it was."""
+def _stop(path: str, deadline: float, silent: list[str]) -> bool:
+    """Asks who serves a socket to end, if that is one of our processes, and returns whether it was.
+
+    Who takes no connection until `deadline` (time.monotonic()) is added to `silent`.
+    """
     from sterna.transport.listen import peer_uid
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(path)
+            probe.setblocking(False)
+            while (failed := probe.connect_ex(path)) == errno.EAGAIN:  # its queue is full (connect(2))
+                if time.monotonic() > deadline:
+                    silent.append(path)
+                    return False
+                time.sleep(_POLL_SECONDS)
+            if failed:
+                return False
             pid, uid = peer_uid(probe)
             if uid != os.geteuid() or pid <= 1:
                 return False

@@ -117,6 +117,11 @@ def make_refs(chunks: list[Chunk]) -> Refs:
     return all_[0] if len(all_) == 1 else array("Q", all_)
 
 
+def pages_of(refs: Refs) -> int:
+    """Returns how many pages the chunks of a log that is not open take."""
+    return sum(CLASS_PAGES[ref & ((1 << _CLASS_BITS) - 1)] for ref in each_ref(refs))
+
+
 def give_chunk(space: Space, chunk: Chunk) -> None:
     """Forgets a chunk."""
     space.give(chunk.arena, chunk.page, chunk.size_class)

@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from sterna.clock import SYSTEM_CLOCK, Clock
 from sterna.errors import StorageError, UsageError
 from sterna.journal.arena import Arena
-from sterna.journal.chunks import Chunk, Loaded, Refs, add_ref, each_ref, load_chunks, make_ref, make_refs, split_ref
+from sterna.journal.chunks import (
+    Chunk,
+    Loaded,
+    Refs,
+    add_ref,
+    each_ref,
+    load_chunks,
+    make_ref,
+    make_refs,
+    pages_of,
+    split_ref,
+)
 from sterna.journal.format import (
     ARENA_MAX_BYTES,
     ARENA_MIN_BYTES,
@@ -23,7 +34,7 @@ from sterna.journal.format import (
 )
 from sterna.journal.interface import JournalFullError
 from sterna.journal.log import Log
-from sterna.journal.space import Faults, Space
+from sterna.journal.space import Faults, Share, Space
 from sterna.limits import ARENA_BYTES, JOURNAL_QUOTA_BYTES, PAGE_BYTES, POSITION_MAX, RING_BYTES, SPILL_BYTES
 
 _ARENA_NAME = re.compile(r"arena-([0-9]{6})\Z")
@@ -56,6 +67,8 @@ class Journal:
             raise UsageError(f"A quota of {quota_bytes} bytes is too small for a journal: use 128 KiB or more.")
         self._logs: dict[int, Refs] = {}
         self._in_use: dict[int, Log] = {}
+        self._owners: dict[int, Share] = {}
+        self._shares: dict[str, Share] = {}
         self._parked = self._park
         self._closed = False
         self._lock_fd = -1
@@ -107,13 +120,20 @@ class Journal:
         """Returns the numbers of all logs, in no order; the journal may be changed meanwhile."""
         return iter([*self._logs, *self._in_use])
 
+    def assign(self, number: int, owner: str) -> None:
+        """Counts a log that is not open for an owner from now on, as every start has to say anew."""
+        share = self._owners[number] = self._shares.setdefault(owner, Share())
+        share.pages += pages_of(self._logs[number])
+
     def create(
-        self, number: int, *, ring_bytes: int = RING_BYTES, spill_bytes: int = SPILL_BYTES, start: int = 0
-    ) -> Log:
+        self, number: int, *, ring_bytes: int = RING_BYTES, spill_bytes: int = SPILL_BYTES, start: int = 0,
+        owner: str | None = None,
+    ) -> Log:  # fmt: skip
         """Makes an empty log whose first byte will have the position `start`; it is there after a restart.
 
-        Raises StorageError if the number is in use or the disk fails, JournalFullError if there is no room, UsageError
-        for a number beyond 64 bits, a position beyond 63 bits or a ring without bytes.
+        It is counted for `owner`, if that is given. Raises StorageError if the number is in use or the disk fails,
+        JournalFullError if there is no room, or the owner has its share of it already, UsageError for a number beyond
+        64 bits, a position beyond 63 bits or a ring without bytes.
         """
         self._check_open()
         if not 0 <= number <= NUMBER_MAX or not 0 <= start <= POSITION_MAX:
@@ -121,6 +141,9 @@ class Journal:
         _check_sizes(ring_bytes, spill_bytes)
         if number in self:
             raise StorageError(f"The journal has a log {number} already: open or remove it.")
+        share = self._shares.setdefault(owner, Share()) if owner is not None else None
+        if share is not None and not self._space.is_fair(share, 1):
+            raise JournalFullError("Your sessions' output takes all the room that one tenant may have: close some.")
         place = self._space.take(0)
         if place is None:
             raise JournalFullError(self._space.full_reason)
@@ -132,6 +155,8 @@ class Journal:
             self._space.faults.io += 1
             self._space.give(*place, 0)
             raise StorageError(f"The journal in {self._space.path} could not be written ({error.strerror}).") from error
+        if share is not None:
+            self._owners[number] = share
         return self._start(number, Loaded(birth, [chunk], start, start), ring_bytes, spill_bytes)
 
     def open(self, number: int, *, ring_bytes: int = RING_BYTES, spill_bytes: int = SPILL_BYTES) -> Log:
@@ -145,9 +170,10 @@ class Journal:
         if log is not None:
             log.ring_bytes, log.spill_bytes = ring_bytes, spill_bytes
             return log
-        refs = self._logs.pop(number, None)
+        refs = self._unpark(number)
         loaded = None if refs is None else load_chunks(self._space, number, refs)
         if loaded is None:
+            self._owners.pop(number, None)
             raise StorageError(f"The journal has no log {number}: it was removed, or its entries were damaged.")
         return self._start(number, loaded, ring_bytes, spill_bytes)
 
@@ -162,7 +188,8 @@ class Journal:
             refs: Refs | None = make_refs(log.chunks)
             log.detach()
         else:
-            refs = self._logs.pop(number, None)
+            refs = self._unpark(number)
+        self._owners.pop(number, None)
         for ref in each_ref(refs) if refs is not None else ():
             arena, page, size_class = split_ref(ref)
             self._space.give(self._space.arenas[arena], page, size_class)
@@ -182,14 +209,27 @@ class Journal:
                 os.close(fd)
 
     def _start(self, number: int, loaded: Loaded, ring_bytes: int, spill_bytes: int) -> Log:
-        log = Log(self._space, number, loaded, (ring_bytes, spill_bytes), self._parked)
+        log = Log(
+            self._space, number, loaded, (ring_bytes, spill_bytes), self._parked, self._owners.get(number)
+        )  # fmt: skip
         self._in_use[number] = log
         return log
 
     def _park(self, log: Log) -> None:
         """Keeps of a released log only where its chunks are."""
         del self._in_use[log.number]
-        self._logs[log.number] = make_refs(log.chunks)
+        refs = self._logs[log.number] = make_refs(log.chunks)
+        share = self._owners.get(log.number)
+        if share is not None:
+            share.pages += pages_of(refs)
+
+    def _unpark(self, number: int) -> Refs | None:
+        """Returns where the chunks of a log are that is not open, and forgets it; None if there is none."""
+        refs = self._logs.pop(number, None)
+        share = self._owners.get(number)
+        if refs is not None and share is not None:
+            share.pages -= pages_of(refs)
+        return refs
 
     def _check_open(self) -> None:
         if self._closed:

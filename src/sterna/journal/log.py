@@ -14,12 +14,13 @@ from sterna.errors import LostBytesError, StorageError
 from sterna.journal.chunks import Chunk, Loaded, entry_prefix, give_chunk, tail_offset
 from sterna.journal.format import CLASS_PAGES, TAIL, TAIL_BYTES, TAIL_SUM
 from sterna.journal.interface import JournalFullError, check_position, keep_floor
-from sterna.journal.space import Space
-from sterna.limits import PAGE_BYTES, POSITION_MAX
+from sterna.journal.space import Share, Space
+from sterna.limits import PAGE_BYTES, POSITION_MAX, SHARE_KEPT_BYTES
 
 _SMALL_BYTES = 32 * 1024
 """A log that holds no more than this grows by 16 KiB, a larger one by 64 KiB."""
 _RELEASED = -1
+_KEPT_PAGES = SHARE_KEPT_BYTES // PAGE_BYTES
 
 _pwrite = os.pwrite
 _pread = os.pread
@@ -31,12 +32,14 @@ class Log:
     """A log in the journal, made by `Journal.create` and `Journal.open`; not for use from several threads.
 
     The newest `ring_bytes` are kept, and up to `spill_bytes` more of what `keep_from` names as unread; whole chunks are
-    dropped, and only when a new one is begun, so there may be up to two chunks (128 KiB) more.
+    dropped, and only when a new one is begun, so there may be up to two chunks (128 KiB) more. Where its owner has more
+    than a fair share of the space, a log that grows drops twice as much of its oldest bytes, read or not, down to the
+    newest SHARE_KEPT_BYTES.
     """
 
     __slots__ = (
-        "_base", "_birth", "_chunks", "_crc", "_fd", "_keep", "_on_release", "_prefix", "_room", "_space", "_start",
-        "_tail_at", "damaged", "end", "number", "ring_bytes", "spill_bytes", "tail",
+        "_base", "_birth", "_chunks", "_counted", "_crc", "_fd", "_keep", "_on_release", "_prefix", "_room", "_share",
+        "_space", "_start", "_tail_at", "damaged", "end", "number", "ring_bytes", "spill_bytes", "tail",
     )  # fmt: skip
 
     _fd: int
@@ -54,8 +57,12 @@ class Log:
         loaded: Loaded,
         sizes: tuple[int, int],
         on_release: Callable[[Log], None],
+        share: Share | None = None,
     ) -> None:
-        """Takes what was loaded or made for it, ring and spill in bytes; `on_release` is told when it is given up."""
+        """Takes what was loaded or made for it, ring and spill in bytes; `on_release` is told when it is given up.
+
+        What it takes is counted for `share`, its owner's.
+        """
         self.number = number
         self.ring_bytes, self.spill_bytes = sizes
         self._space = space
@@ -66,6 +73,9 @@ class Log:
         self.tail = loaded.chunks[0].start
         self.end = loaded.chunks[-1].end
         self.damaged = loaded.damaged(self.end - self.ring_bytes - self.spill_bytes)
+        self._share = share
+        self._counted = 0
+        self._count(self._chunks)
         self._use_last()
 
     @property
@@ -174,6 +184,8 @@ class Log:
             return
         self._chunks[-1:] = fresh
         give_chunk(self._space, last)
+        self._count(fresh)
+        self._count([last], -1)
         self._use_last()
 
     def release(self) -> None:
@@ -185,6 +197,7 @@ class Log:
 
     def detach(self) -> None:
         """Makes the object unusable, whatever happened to its chunks; for the journal."""
+        self._count(self._chunks, -1)
         self._chunks = []
         self._room = _RELEASED
 
@@ -197,6 +210,7 @@ class Log:
         fits = self._room - self.end
         self._seal()
         last = self._chunks[-1]
+        self._be_fair(len(data) - fits)
         try:
             fresh = self._take(len(data) - fits, end)
         except JournalFullError:
@@ -224,6 +238,7 @@ class Log:
             self._recommit(last)
             raise self._failed("written", error) from error
         self._chunks += fresh
+        self._count(fresh)
         self.end = end
         self._use_last()
         self._trim(end)
@@ -286,18 +301,48 @@ class Log:
         chunks = self._chunks
         count = 0
         while count < len(chunks) - 1 and chunks[count].end <= floor:
-            give_chunk(self._space, chunks[count])
             count += 1
-        if count:
-            del chunks[:count]
-            self._forget_before(chunks[0].start)
+        self._drop(count)
         return count > 0
+
+    def _drop(self, count: int) -> None:
+        """Drops the oldest chunks, of which one more must be there."""
+        dropped = self._chunks[:count]
+        for chunk in dropped:
+            give_chunk(self._space, chunk)
+        if dropped:
+            del self._chunks[:count]
+            self._count(dropped, -1)
+            self._forget_before(self._chunks[0].start)
+
+    def _be_fair(self, size: int) -> None:
+        """Drops old chunks for `size` bytes more, where the owner has more than its share, as far as there are any."""
+        share, chunks = self._share, self._chunks
+        pages = max(CLASS_PAGES[self._chunks[-1].size_class], -(-size // PAGE_BYTES))
+        if share is None or self._counted + pages <= _KEPT_PAGES or self._space.is_fair(share, pages):
+            return
+        # Twice as much, so that who has too much comes down to what is fair.
+        left, dropped, count = self._counted, 0, 0
+        while dropped < 2 * pages and count < len(chunks) - 1:
+            oldest = CLASS_PAGES[chunks[count].size_class]
+            if left - oldest < _KEPT_PAGES:
+                break
+            left, dropped, count = left - oldest, dropped + oldest, count + 1
+        self._drop(count)
+
+    def _count(self, chunks: list[Chunk], sign: int = 1) -> None:
+        """Counts chunks for the owner, or with -1 no longer."""
+        pages = sum(CLASS_PAGES[chunk.size_class] for chunk in chunks) * sign
+        self._counted += pages
+        if self._share is not None:
+            self._share.pages += pages
 
     def _lose(self, index: int) -> None:
         """Drops a chunk, never the last one, whose bytes turned out to be damaged."""
         self._space.faults.chunks += 1
         chunk = self._chunks.pop(index)
         give_chunk(self._space, chunk)
+        self._count([chunk], -1)
         self.damaged.append((chunk.start, chunk.end))
         self.damaged.sort()
         if index == 0:

@@ -6,13 +6,60 @@ from collections.abc import Iterator
 
 from sterna.errors import StorageError, UsageError
 from sterna.journal.interface import JournalFullError, check_position, keep_floor
-from sterna.limits import CHUNK_MAX_BYTES, JOURNAL_QUOTA_BYTES, POSITION_MAX, RING_BYTES, SPILL_BYTES
+from sterna.limits import (
+    CHUNK_MAX_BYTES,
+    JOURNAL_QUOTA_BYTES,
+    MEMORY_LOGS_KEPT_BYTES,
+    MEMORY_LOGS_MAX_BYTES,
+    POSITION_MAX,
+    RING_BYTES,
+    SHARE_TIMES_FREE,
+    SPILL_BYTES,
+)
+
+
+class MemoryShares:
+    """What the logs of each owner hold in memory, and all of them together."""
+
+    __slots__ = ("held", "most", "total")
+
+    def __init__(self, most: int = MEMORY_LOGS_MAX_BYTES) -> None:
+        """Begins with nothing; `most` is for all together, in bytes."""
+        self.held: dict[str, int] = {}
+        self.total = 0
+        self.most = most
+
+    def add(self, owner: str, size: int) -> None:
+        """Counts `size` bytes more, or fewer."""
+        self.total += size
+        self.held[owner] = self.held.get(owner, 0) + size
+        if not self.held[owner]:
+            del self.held[owner]
+
+    def surplus(self, owner: str) -> int:
+        """Returns how many bytes an owner has beyond SHARE_TIMES_FREE times what is left, as in the journal."""
+        return self.held.get(owner, 0) - SHARE_TIMES_FREE * max(0, self.most - self.total)
 
 
 class MemoryLog:
-    """A log that is held in memory only; keeps up to 64 KiB more than its ring, as one on disk does."""
+    """A log that is held in memory only; keeps up to 64 KiB more than its ring, as one on disk does.
 
-    __slots__ = ("_data", "_journal", "_keep", "damaged", "end", "number", "ring_bytes", "spill_bytes", "tail")
+    One whose owner has more than a fair share of the memory keeps less: down to its newest MEMORY_LOGS_KEPT_BYTES.
+    """
+
+    __slots__ = (
+        "_data",
+        "_journal",
+        "_keep",
+        "_owner",
+        "_shares",
+        "damaged",
+        "end",
+        "number",
+        "ring_bytes",
+        "spill_bytes",
+        "tail",
+    )
 
     def __init__(
         self,
@@ -22,8 +69,13 @@ class MemoryLog:
         spill_bytes: int = SPILL_BYTES,
         start: int = 0,
         journal: MemoryJournal | None = None,
+        shares: MemoryShares | None = None,
+        owner: str = "",
     ) -> None:
-        """Makes an empty log that begins at position `start`; `journal` bounds what all of its logs hold."""
+        """Makes an empty log that begins at position `start`.
+
+        `journal` bounds what all of its logs hold; with `shares` it is counted for its owner until it is released.
+        """
         if ring_bytes < 1 or spill_bytes < 0 or not 0 <= start <= POSITION_MAX:
             raise UsageError(f"A log cannot start at {start} with a ring of {ring_bytes} and a spill of {spill_bytes}.")
         self.number = number
@@ -34,6 +86,8 @@ class MemoryLog:
         self.damaged: list[tuple[int, int]] = []
         self._data = bytearray()
         self._journal = journal
+        self._shares = shares
+        self._owner = owner
         self._keep: int | None = None
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
@@ -47,9 +101,12 @@ class MemoryLog:
             journal.check(size)
         self._data += data
         self.end += size
-        if journal is not None:
-            journal.used_bytes += size
+        self._count(size)
         self._trim(self.end, CHUNK_MAX_BYTES)
+        if self._shares is not None:
+            surplus = min(self._shares.surplus(self._owner), len(self._data) - MEMORY_LOGS_KEPT_BYTES)
+            if surplus > 0:
+                self._cut(surplus)
 
     def read(self, position: int, limit: int) -> bytes:
         """Returns 1 to `limit` bytes from `position`, b"" at `end`; raises LostBytesError or PositionError."""
@@ -68,16 +125,26 @@ class MemoryLog:
         self._trim(self.end, 0)
 
     def release(self) -> None:
-        """Does nothing: the bytes are nowhere else."""
+        """Forgets the bytes if they are counted for an owner; else does nothing, as they are nowhere else."""
+        if self._shares is not None:
+            self._cut(len(self._data))
 
     def _trim(self, end: int, slack: int) -> None:
         floor = min(keep_floor(end, self.ring_bytes, self.spill_bytes, self._keep), self.end)
         surplus = floor - self.tail
         if surplus > slack:
-            del self._data[:surplus]
-            self.tail = floor
-            if self._journal is not None:
-                self._journal.used_bytes -= surplus
+            self._cut(surplus)
+
+    def _cut(self, size: int) -> None:
+        del self._data[:size]
+        self.tail += size
+        self._count(-size)
+
+    def _count(self, size: int) -> None:
+        if self._journal is not None:
+            self._journal.used_bytes += size
+        if self._shares is not None:
+            self._shares.add(self._owner, size)
 
 
 class MemoryJournal:

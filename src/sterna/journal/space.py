@@ -9,7 +9,7 @@ from bisect import bisect_left, insort
 from sterna.clock import Clock
 from sterna.journal.arena import Arena, arena_name
 from sterna.journal.format import ARENA_MIN_BYTES, ARENAS_MAX, CLASS_PAGES
-from sterna.limits import PAGE_BYTES
+from sterna.limits import PAGE_BYTES, SHARE_TIMES_FREE
 from sterna.units import MILLISECOND
 
 GROW_RETRY_MS = 1_000
@@ -41,6 +41,16 @@ class Faults:
         return self.headers + self.files + self.entries + self.overlaps + self.chunks + self.io
 
 
+class Share:
+    """What the logs of one owner take of a space, in pages."""
+
+    __slots__ = ("pages",)
+
+    def __init__(self) -> None:
+        """Begins with nothing."""
+        self.pages = 0
+
+
 class Space:
     """All arenas of one directory; a chunk is (arena, first page, size class)."""
 
@@ -56,6 +66,7 @@ class Space:
         self.full_reason = ""
         self._clock = clock
         self._retry_at = 0
+        self._used = 0
         self._generation = 0
         # For each size class the arenas, in order, with a group in that bin: low arenas fill first, high ones empty.
         self._open: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -64,7 +75,17 @@ class Space:
     @property
     def used_bytes(self) -> int:
         """The bytes of all pages that belong to logs."""
-        return sum(arena.used for arena in self.arenas.values()) * PAGE_BYTES
+        return self._used * PAGE_BYTES
+
+    def is_fair(self, share: Share, pages: int) -> bool:
+        """Tells if an owner may take so many pages more: all it has then is at most SHARE_TIMES_FREE what is left free.
+
+        So there is always room for one more owner, and nobody has to know how many there are (Choudhury and Hahne,
+        "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998).
+        """
+        full = self._clock.monotonic() < self._retry_at  # of the disk: what is not reserved is not to be had
+        free = ((self.reserved_bytes if full else self.quota_bytes) - self.used_bytes) // PAGE_BYTES
+        return share.pages + pages <= SHARE_TIMES_FREE * (free - pages)
 
     def next_generation(self) -> int:
         """Returns a number that is higher than that of any chunk made before."""
@@ -79,6 +100,7 @@ class Space:
         """Takes an arena into use whose free pages are known."""
         self.arenas[arena.number] = arena
         self.reserved_bytes += arena.file_bytes
+        self._used += arena.used
         self._note(arena)
 
     def take(self, size_class: int) -> tuple[Arena, int] | None:
@@ -88,6 +110,7 @@ class Space:
             if numbers:
                 arena = self.arenas[numbers[0]]
                 page = arena.take(size_class, bin_)
+                self._used += CLASS_PAGES[size_class]
                 self._note(arena)
                 return arena, page
         return self.take(size_class) if self.grow() else None
@@ -100,6 +123,7 @@ class Space:
             # The entry stays; what comes to lie on its pages has a higher generation, which decides at the next start.
             self.faults.io += 1
         arena.give(page, size_class)
+        self._used -= CLASS_PAGES[size_class]
         self._note(arena)
         if not arena.used and len(self._empty) > 1:
             self._remove(max(self._empty))
@@ -137,6 +161,7 @@ class Space:
         for arena in self.arenas.values():
             os.close(arena.fd)
         self.arenas.clear()
+        self._used = 0
         self._empty.clear()
         for numbers in self._open:
             numbers.clear()

@@ -9,19 +9,18 @@ import os
 import resource
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from sterna import limits, paths
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import DRAINING_TEXT, Code, UsageError
-from sterna.ids import DeviceId
 from sterna.journal.journal import Journal
 from sterna.node.callqueue import CallQueue
 from sterna.node.calls import Calls
 from sterna.node.clients import ClientConnection
 from sterna.node.config import QUIC_PORT, NodeConfig
+from sterna.node.crowd import Crowd
 from sterna.node.database import WAL_MAX_BYTES
 from sterna.node.doorkeeper import Doorkeeper
 from sterna.node.pods import Pod, PodRegistry, Port
@@ -49,6 +48,10 @@ log = logging.getLogger("sterna.node")
 T = TypeVar("T")
 
 LOCAL_SOCKET = "node.sock"
+DAMAGED_TEXT = (
+    "The database was damaged and begun anew: sessions (names and output), devices and share links are lost, while "
+    "keys, tokens and revocations stay; end the programs of the lost sessions by restarting their agents."
+)
 _PEM_MAX_BYTES = 1024 * 1024
 _SWEEP_SECONDS = 1.0
 _FILES_KEPT = 1024
@@ -86,16 +89,18 @@ class Node:
             retention=config.retention_seconds, ring_bytes=config.ring_bytes, spill_bytes=config.spill_bytes,
         )  # fmt: skip
         self.table.on_lost = self._soon
+        if self.store.damaged:
+            log.error(DAMAGED_TEXT, extra={"moved_to": self.store.damaged})
+        self.table.claim_logs()
         self.registry = PodRegistry(self.sockets, self.table, self.reactor, self.ticker, config.tenants())
         self.calls = Calls(self)
         self.call_queue = CallQueue(self.reactor)
         self.connections: set[ClientConnection] = set()
         self._unproved: dict[ClientConnection, None] = {}
-        self._guests: dict[ClientConnection, DeviceId] = {}
-        self._guest_counts: Counter[DeviceId] = Counter()
         # What else has files open here (the journal, the store, pods) must find room beside the clients.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._connections_max = min(limits.CONNECTIONS_MAX, files - min(_FILES_KEPT, files // 4))
+        self.crowd = Crowd(self._connections_max)
         self._listeners: list[Listener] = []
         self._secured: dict[Listener, str] = {}
         self._tls: Listener | None = None
@@ -142,7 +147,8 @@ class Node:
 
     def _listen_quic(self) -> QuicListener | None:
         """Takes QUIC connections; where the usual port is in use, TCP has to do."""
-        from sterna.transport.quic import QuicListener, server_configuration, udp_socket
+        from sterna.transport.quic import QuicListener, server_configuration
+        from sterna.transport.udp import udp_socket
 
         config = self.config
         try:
@@ -160,6 +166,11 @@ class Node:
         except BaseException:
             sock.close()
             raise
+
+    @property
+    def quic_port(self) -> int:
+        """The UDP port of QUIC, 0 if there is none."""
+        return self._quic.address[1] if self._quic is not None else 0
 
     def _pem(self) -> bytes:
         """Returns the certificates that TLS presents, and their key."""
@@ -245,23 +256,10 @@ class Node:
         """Notes that somebody on a connection proved who they are."""
         self._unproved.pop(connection, None)
 
-    def admits(self, connection: ClientConnection, device: DeviceId) -> bool:
-        """Counts a connection of somebody whom a link let in; False when the device has too many."""
-        if connection not in self._guests:
-            if self._guest_counts[device] >= limits.GUEST_CONNECTIONS_MAX:
-                return False
-            self._guests[connection] = device
-            self._guest_counts[device] += 1
-        return True
-
     def gone(self, connection: ClientConnection, reason: str) -> None:
         """Forgets a connection that ended."""
         self.connections.discard(connection)
-        guest = self._guests.pop(connection, None)
-        if guest is not None:
-            self._guest_counts[guest] -= 1
-            if not self._guest_counts[guest]:
-                del self._guest_counts[guest]
+        self.crowd.gone(connection)
         self._unproved.pop(connection, None)
         if self.draining and not self.connections:
             self._all_gone.set()
@@ -275,6 +273,7 @@ class Node:
         now = SYSTEM_CLOCK.monotonic()
         self.reactor.run(self._late, now)
         self._relieve()
+        self.doorkeeper.sum_up(now)
         if self._sweeps % _EVICT_EVERY == 0:
             self._slowly(iter(list(self.connections)), self._check_peer)
             self._slowly(iter(self.table.cold(self.config.cold_seconds * SECOND, now)), self._evict)

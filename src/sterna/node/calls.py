@@ -48,9 +48,10 @@ class _Page(msgspec.Struct, gc=False):
 
 
 class _Share(msgspec.Struct, gc=False):
-    """A share ticket: for a session, a mode, a time to live in seconds."""
+    """A share ticket: for a session or `all` of them, a mode, a time to live in seconds until it is used."""
 
-    session: str
+    session: str = ""
+    all: bool = False
     mode: str = "drive"
     ttl: int = 600
 
@@ -237,19 +238,20 @@ class Calls:
         mode: messages.Mode = "watch" if request.mode == "watch" else "drive"
         if request.mode != mode or not 0 < request.ttl <= _TTL_MAX_SECONDS:
             raise RefusedError(Code.BAD_REQUEST, "A share has mode drive or watch and lives for 1 second to 30 days.")
-        row = self._row(visitor, request.session, request.mode)
+        row = None if request.all else self._row(visitor, request.session, mode)
         if visitor.guest:
             raise RefusedError(Code.DENIED, "A share link cannot be shared on; ask who gave it to you.")
+        if row is None:
+            self._owner(visitor)
         text, hashed = new_ticket()
         wall = SYSTEM_CLOCK.wall()
-        self._node.store.add_ticket(
-            hashed, visitor.tenant, row.number, row.agent, mode, wall + request.ttl * SECOND, wall
-        )
+        number, agents = (row.number, row.agent) if row is not None else (None, "*")
+        self._node.store.add_ticket(hashed, visitor.tenant, number, agents, mode, wall + request.ttl * SECOND, wall)
         return {
             "ticket": text,
-            "session": row.uid.hex(),
-            "name": row.name,
-            "agent": row.agent,
+            "session": row.uid.hex() if row is not None else None,
+            "name": row.name if row is not None else None,
+            "agent": row.agent if row is not None else None,
             "mode": request.mode,
             "expires": wall // SECOND + request.ttl,
             **self._about(visitor, _Page()),
@@ -264,6 +266,7 @@ class Calls:
             "host": host,
             "port": port,
             "web_port": self._node.config.web_port,
+            "web_host": self._node.config.web_host or host,
             "tenant": visitor.tenant,
             "started": self._node.started // SECOND if visitor.owner else 0,
             "sessions": self._node.store.count(visitor.tenant) if visitor.owner else 0,
@@ -273,9 +276,8 @@ class Calls:
     def _devices(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
         self._owner(visitor)
         start = min(max(page.after, 0), DEVICES_PER_TENANT_MAX)
-        following = start + _PAGE
-        # Those of this page, and one more if there is another page: each row is counted for, which takes its time.
-        rows = self._node.store.devices(visitor.tenant, min(following + 1, DEVICES_PER_TENANT_MAX))
+        # Those of this page, and one more if there is another page.
+        rows = self._node.store.devices(visitor.tenant, min(_PAGE + 1, DEVICES_PER_TENANT_MAX - start), start)
         shown = [
             {
                 "id": row.id.hex(),
@@ -286,9 +288,9 @@ class Calls:
                 "sessions": row.sessions,
                 "self": row.id == visitor.device,
             }
-            for row in rows[start:following]
+            for row in rows[:_PAGE]
         ]
-        return {"devices": shown, "next": following if following < len(rows) else 0}
+        return {"devices": shown, "next": start + _PAGE if len(rows) > _PAGE else 0}
 
     def _revoke(self, visitor: Visitor, request: _Revoke) -> dict[str, Any]:
         if request.token:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
     from sterna.node.app import Node
     from sterna.transport.pump import Conduit, Owner
-
-log = logging.getLogger("sterna.node.clients")
 
 _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), int(Type.EOF)
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
@@ -156,7 +153,7 @@ class ClientConnection:
         elif kind == Type.PING:
             self.link.send(Type.PONG, 0, 0, payload)
         elif kind == Type.CALL:
-            self._call(messages.unpack(messages.Call, payload))
+            self._call(messages.unpack(messages.Call, payload), len(payload))
         elif kind == Type.ERROR:
             self.pump.abort("the client reported an error")
         elif kind != Type.PONG:
@@ -180,14 +177,14 @@ class ClientConnection:
             if kind == Type.CONNECT:
                 body = messages.unpack(ConnectBody, signed.body)
                 visitor = door.connect(signed, body)
-                if visitor.guest and not self.node.admits(self, visitor.device):
-                    raise RefusedError(Code.LIMIT, "This link has too many connections: close some.")
+                self._admit(visitor.tenant, visitor.device if visitor.guest else None)
                 self._prove()
                 self.visitor = visitor
                 self._connect(handle, visitor, body, now)
             else:
                 resume = messages.unpack(ResumeBody, signed.body)
                 row = door.resume(signed, resume)
+                self._admit(row.tenant, None)
                 self._prove()
                 self._resume(handle, row.mode, row.exact, row.device, row.label, row.number, resume, now)
         except ProtocolError:
@@ -195,6 +192,10 @@ class ClientConnection:
         except SternaError as error:
             # The brake is for who fails: others behind the same address have proved themselves above.
             self._refuse(handle, braked if blocked and error.code in _FAILURES else error, now)
+
+    def _admit(self, tenant: str, guest: DeviceId | None) -> None:
+        if not self.local:  # those have places of their own
+            self.node.crowd.admit(self, tenant, guest)
 
     def _prove(self) -> None:
         if not self.proved:
@@ -206,8 +207,7 @@ class ClientConnection:
         if isinstance(error, RefusedError):
             more = {"retry_after": error.retry_after, "address": error.address, "value": error.value}
         if error.code in _FAILURES:
-            self.node.doorkeeper.failed(self.pump.peer, now)
-            log.warning("access denied", extra={"peer": self.pump.peer, "code": error.code.name})
+            self.node.doorkeeper.failed(self.pump.peer, now, error.code)
         if self.proved or error.code in (Code.STALE, Code.SUPERSEDED):
             self.link.refuse(handle, error.code, str(error), **more)
         else:
@@ -234,7 +234,7 @@ class ClientConnection:
 
         def ready(reason: str) -> None:
             self.pending -= 1
-            self._connected(session, attachment, body, created, reason)
+            self._connected(session, attachment, body, created, reason, guest=visitor.guest)
 
         opening = self._fresh_open(session, body) if created else None
         self.node.registry.ensure(session, ready, fresh=opening)
@@ -273,7 +273,7 @@ class ClientConnection:
         return row, created
 
     def _connected(
-        self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str
+        self, session: Session, attachment: Attachment, body: ConnectBody, created: bool, reason: str, *, guest: bool
     ) -> None:
         """Ends a CONNECT once the session is open at its pod, or once it is clear that it will not be."""
         now = SYSTEM_CLOCK.monotonic()
@@ -291,10 +291,9 @@ class ClientConnection:
         if device is not None and device.revoked:
             self.link.refuse(attachment.handle, Code.REVOKED, REVOKED_TEXT)
             return
-        most = limits.ATTACHMENTS_MAX if attachment.mode == "drive" else limits.WATCHERS_MAX
-        if sum(other.mode == attachment.mode for other in session.attachments.values()) >= most:
-            what = "attachments" if attachment.mode == "drive" else "watchers"
-            self.link.refuse(attachment.handle, Code.LIMIT, f"A session has at most {most} {what}.")
+        full = no_place(session, attachment, lambda: guest)
+        if full:
+            self.link.refuse(attachment.handle, Code.LIMIT, full)
             return
         self.attachments[attachment.handle] = attachment
         if body.displace and attachment.mode == "drive":
@@ -302,7 +301,8 @@ class ClientConnection:
         old = session.attachments.get(attachment.id)
         if old is not None:
             session.drop(old, Code.DISPLACED, "This attachment was connected again.", now)
-        session.attach(attachment, now, output=body.output, node=self.node.identity.node_id, created=created)
+        node, quic = self.node.identity.node_id, self.node.quic_port
+        session.attach(attachment, now, output=body.output, node=node, created=created, quic=quic)
         self._settled(session)
 
     def _find(self, visitor: Visitor, body: ConnectBody) -> tuple[SessionRow | None, bool]:
@@ -414,6 +414,10 @@ class ClientConnection:
             if known is not None and known.revoked:  # while the agent was waited for
                 self.link.refuse(handle, Code.REVOKED, REVOKED_TEXT)
                 return
+            full = no_place(session, attachment, lambda: self.node.store.has_ticket(session.tenant, device))
+            if full:
+                self.link.refuse(handle, Code.LIMIT, full)
+                return
             self.attachments[handle] = attachment
             session.resume(attachment, body, SYSTEM_CLOCK.monotonic())
             self._settled(session)
@@ -428,13 +432,15 @@ class ClientConnection:
 
     # ---- CALL --------------------------------------------------------------------------------------------------
 
-    def _call(self, call: messages.Call) -> None:
-        if self.visitor is None:
+    def _call(self, call: messages.Call, size: int) -> None:
+        visitor = self.visitor
+        if visitor is None:
             raise ProtocolError(Code.DENIED, "CALL comes after CONNECT")
         if self.calls >= limits.CALLS_WAITING_MAX:
             raise ProtocolError(Code.LIMIT, "too many CALLs at once")
+        if not self.node.call_queue.add(visitor.tenant, visitor.device, size, functools.partial(self._answer, call)):
+            raise ProtocolError(Code.LIMIT, "too many CALLs at once from this device or tenant")
         self.calls += 1
-        self.node.call_queue.add(functools.partial(self._answer, call))
 
     def _answer(self, call: messages.Call) -> None:
         self.calls -= 1
@@ -447,6 +453,26 @@ class ClientConnection:
         else:
             result = self.node.calls.answer(self, self.visitor, call, SYSTEM_CLOCK.monotonic())
             self.link.send_message(Type.RESULT, 0, result)
+
+
+def no_place(session: Session, attachment: Attachment, is_guest: Callable[[], bool]) -> str:
+    """Returns why a session has no place for one more attachment, "" if it has one.
+
+    Who came by a link gets at most a quarter of the places, and all of them together three quarters: the others are
+    for those whose session it is.
+    """
+    drives = attachment.mode == "drive"
+    most = limits.ATTACHMENTS_MAX if drives else limits.WATCHERS_MAX
+    there = [
+        other.device for other in session.attachments.values()
+        if other.mode == attachment.mode and other.id != attachment.id
+    ]  # fmt: skip
+    if len(there) >= most:
+        return f"A session has at most {most} {'attachments' if drives else 'watchers'}."
+    quarter = most // 4
+    if (there.count(attachment.device) >= quarter or len(there) >= most - quarter) and is_guest():
+        return "Links have too many places in this session already: leave it elsewhere, then try again."
+    return ""
 
 
 def _cells(cols: int, rows: int) -> tuple[int, int]:

@@ -168,6 +168,8 @@ class Database:
                 raise StorageError(
                     f"{self.path} has format {version}, not {schema.VERSION}: use the version of Sterna that made it."
                 )
+            for statement in schema.ADDED:
+                connection.execute(statement)
             return
         if tables or application:
             raise StorageError(f"{self.path} is another program's database: move it away, or choose another directory.")

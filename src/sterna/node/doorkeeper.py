@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, ProtocolError, RefusedError, StorageError, TrustError
 from sterna.ids import AttachmentId, DeviceId, NodeId, check_agent
+from sterna.node.logs import Brake
 from sterna.node.store import REVOKED_TEXT, AttachmentRow, Store
 from sterna.protocol import messages
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
@@ -25,9 +27,21 @@ _TICKET = "This link is not valid: it was used by another device already, or it 
 _WATCH_ONLY = "This access is for looking on only: use --watch, or ask for access that allows typing."
 _MINUTE = 60 * SECOND
 _ADDRESSES_MAX = 10_000
+_LINES_BURST = 60
+_LINES_PER_SECOND = 1
 # A key that no device has; a proof for an unknown attachment is checked against it so that the answer takes as long.
 # It must be a point of the curve: checking against any other bytes takes a tenth of the time.
 _NOBODY = device_keys.nobody()
+
+
+def place(address: str) -> str:
+    """Returns what an address is counted as: of IPv6 the /64, as whoever has one address there has all (RFC 4291)."""
+    try:
+        found = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    mapped = found.ipv4_mapped
+    return str(mapped) if mapped is not None else found.packed[:8].hex(":", 2) + "::/64"
 
 
 class Visitor:
@@ -74,13 +88,14 @@ class Doorkeeper:
         self._failures: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._proofs: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._spent: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
+        self._lines = Brake(_LINES_BURST, _LINES_PER_SECOND)
         self.denied = 0
 
     # ---- the brake ---------------------------------------------------------------------------------------------
 
     def blocked(self, address: str, now: int) -> bool:
         """Tells whether an address has failed too often within a minute; `now` in monotonic nanoseconds."""
-        found = self._failures.get(address)
+        found = self._failures.get(place(address))
         return found is not None and now - found[0] < _MINUTE and found[1] >= limits.FAILURES_PER_MINUTE_MAX
 
     def admits(self, address: str, now: int) -> bool:
@@ -89,23 +104,34 @@ class Doorkeeper:
         Genuine devices share their address with whoever fails; those failures must not lock them out, and checking
         them must stay cheap. `now` in monotonic nanoseconds.
         """
-        since, count = self._proofs.pop(address, (now, 0))
+        source = place(address)
+        since, count = self._proofs.pop(source, (now, 0))
         if now - since >= SECOND:
             since, count = now, 0
-        self._proofs[address] = (since, min(count + 1, limits.PROOFS_PER_SECOND_MAX + 1))
+        self._proofs[source] = (since, min(count + 1, limits.PROOFS_PER_SECOND_MAX + 1))
         if len(self._proofs) > _ADDRESSES_MAX:
             self._proofs.popitem(last=False)
         return count < limits.PROOFS_PER_SECOND_MAX
 
-    def failed(self, address: str, now: int) -> None:
-        """Counts a failure of an address."""
+    def failed(self, address: str, now: int, code: Code = Code.DENIED) -> None:
+        """Counts a failure of an address, and logs it unless too many are logged."""
         self.denied += 1
-        since, count = self._failures.pop(address, (now, 0))
+        source = place(address)
+        since, count = self._failures.pop(source, (now, 0))
         if now - since >= _MINUTE:
             since, count = now, 0
-        self._failures[address] = (since, count + 1)
+        self._failures[source] = (since, count + 1)
         if len(self._failures) > _ADDRESSES_MAX:
             self._failures.popitem(last=False)
+        if self._lines.admits(now):
+            log.warning("access denied", extra={"peer": address, "code": code.name, **self._lines.fields()})
+        else:
+            self._lines.left_out += 1
+
+    def sum_up(self, now: int) -> None:
+        """Logs how many failures were not logged, if any were."""
+        if self._lines.left_out and self._lines.admits(now):
+            log.warning("access denied to others", extra=self._lines.fields())
 
     # ---- CONNECT -----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 
 from sterna.errors import StorageError
+from sterna.units import SECOND
 
 _PLAIN = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
 
@@ -28,6 +29,34 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+class Brake:
+    """Lets `burst` lines through at once and then `per_second`; what it holds back is counted in `left_out`.
+
+    Whoever can cause lines could fill the disk with them otherwise.
+    """
+
+    __slots__ = ("_burst", "_left", "_per_second", "_since", "left_out")
+
+    def __init__(self, burst: int, per_second: int) -> None:
+        self._burst = float(burst)
+        self._per_second = per_second
+        self._left = self._burst
+        self._since = 0
+        self.left_out = 0
+
+    def admits(self, now: int) -> bool:
+        """Tells whether a line may be written; `now` in monotonic nanoseconds."""
+        left = min(self._left + (now - self._since) / SECOND * self._per_second, self._burst)
+        self._since = now
+        self._left = left - 1 if left >= 1 else left
+        return left >= 1
+
+    def fields(self) -> dict[str, object]:
+        """Returns what a line that is written says about those that were left out since the last one."""
+        left_out, self.left_out = self.left_out, 0
+        return {"left_out": left_out} if left_out else {}
 
 
 def _private(path: str, flags: int) -> int:

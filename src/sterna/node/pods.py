@@ -19,6 +19,7 @@ from sterna import limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, SternaError
 from sterna.ids import clean_label, split_socket_name
+from sterna.node.logs import Brake
 from sterna.node.table import SessionTable
 from sterna.protocol import messages
 from sterna.protocol.attachment import Lane
@@ -61,21 +62,19 @@ _DATA, _ACK, _EXIT = int(Type.DATA), int(Type.ACK), int(Type.EXIT)
 class Notices:
     """What is logged about pods: of each kind and name one line a minute, in all one a second after a burst of 100.
 
-    Whoever may make sockets could fill the disk with lines otherwise. How many were left out, a later line says.
+    How many were left out, a later line says.
     """
 
     def __init__(self) -> None:
         self._said: dict[tuple[str, str], int] = {}
-        self._left = float(_NOTICES_BURST)
-        self._since = SYSTEM_CLOCK.monotonic()
-        self._left_out = 0
+        self._brake = Brake(_NOTICES_BURST, _NOTICES_PER_SECOND)
 
     def say(self, level: int, event: str, pod: str, **more: str) -> None:
         """Logs a line about a pod (its socket's name), or counts it as left out."""
         now = SYSTEM_CLOCK.monotonic()
         last = self._said.get((event, pod))
-        if (last is not None and now - last < _NOTICE_EVERY_SECONDS * SECOND) or not self._admits(now):
-            self._left_out += 1
+        if (last is not None and now - last < _NOTICE_EVERY_SECONDS * SECOND) or not self._brake.admits(now):
+            self._brake.left_out += 1
             return
         self._said.pop((event, pod), None)
         self._said[event, pod] = now
@@ -87,20 +86,11 @@ class Notices:
 
     def sum_up(self) -> None:
         """Logs how many lines were left out, if any were."""
-        if self._left_out and self._admits(SYSTEM_CLOCK.monotonic()):
+        if self._brake.left_out and self._brake.admits(SYSTEM_CLOCK.monotonic()):
             self._log(logging.WARNING, "lines about pods left out")
 
-    def _admits(self, now: int) -> bool:
-        left = min(self._left + (now - self._since) / SECOND * _NOTICES_PER_SECOND, float(_NOTICES_BURST))
-        self._since = now
-        self._left = left - 1 if left >= 1 else left
-        return left >= 1
-
     def _log(self, level: int, event: str, **fields: object) -> None:
-        if self._left_out:
-            fields["left_out"] = self._left_out
-            self._left_out = 0
-        log.log(level, event, extra=fields)
+        log.log(level, event, extra=fields | self._brake.fields())
 
 
 class Port:
@@ -229,7 +219,10 @@ class PodConnection:
         elif kind == _EXIT:
             session.pod_exit(messages.unpack(messages.Exit, payload), now)
         else:
-            session.pod_snapshot(messages.unpack(messages.Snapshot, payload), now)
+            part = messages.unpack(messages.Snapshot, payload)
+            session.pod_snapshot(part, now)
+            if part.token == 0:
+                self._table.collected(session)
         if session.events:
             self._table.settle(session)
 

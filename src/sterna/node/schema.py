@@ -68,6 +68,7 @@ TABLES = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX requests_at ON requests (at)",
+    "CREATE INDEX IF NOT EXISTS requests_device ON requests (device, at)",
     """
     CREATE TABLE tickets (
         hash BLOB PRIMARY KEY, tenant TEXT NOT NULL, session INTEGER, agents TEXT NOT NULL, mode TEXT NOT NULL,
@@ -80,6 +81,9 @@ TABLES = (
     "CREATE TABLE revoked_tokens (id TEXT PRIMARY KEY) WITHOUT ROWID",
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
+
+ADDED = [statement for statement in TABLES if "IF NOT EXISTS" in statement]
+"""What files of this version may lack that were made before it came."""
 
 SELECT_SESSION = (
     "SELECT s.number, s.uid, s.log_id, s.tenant, s.agent, s.name, s.label, s.kind, s.state, s.epoch, s.created, "

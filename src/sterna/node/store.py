@@ -8,6 +8,7 @@ In the SQL, phase 2 is living, 1 exited, 0 closed (sterna.node.schema).
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +16,8 @@ import msgspec
 from sterna import limits
 from sterna.errors import Code, RefusedError
 from sterna.ids import AttachmentId, DeviceId, LogId, SessionUid, check_name, clean_label
-from sterna.node.database import Database, Transaction
+from sterna.node.database import DamagedError, Database, Transaction
+from sterna.node.revocations import Revocations, device_line, token_line
 from sterna.node.schema import (
     CLOSED_PHASE,
     LIVING_PHASE,
@@ -59,6 +61,10 @@ REVOKED_TEXT = (
 # Room for "-" and the largest number a tenant can need.
 _SUFFIX_CHARS = 1 + len(str(limits.SESSIONS_PER_TENANT_MAX * 2))
 _REQUEST_MEMORY = limits.REQUEST_MEMORY_SECONDS * SECOND
+_TICKET_KEPT, _DAY = limits.TICKET_KEPT_SECONDS * SECOND, 86_400 * SECOND
+
+_FINALS = " FROM sessions s JOIN ends e ON e.session = s.number "
+_TENANTS = "SELECT number, tenant FROM sessions WHERE phase > 0"
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -70,11 +76,24 @@ class Store:
     """
 
     def __init__(self, directory: str) -> None:
-        self._db = Database(directory)
-        self._db.on_rollback = self._forget_counts
         self._counts: dict[str, list[int]] | None = None
         self._requests = -1
+        self._finals: dict[str, int] = {}
         self._revoked: frozenset[str] | None = None
+        try:
+            self._open(directory)
+        except DamagedError:
+            self._open(directory)  # which examines all of it, and moves it aside
+
+    def _open(self, directory: str) -> None:
+        self._db = Database(directory)
+        try:
+            self._db.on_rollback = self._forget_counts
+            self._revocations = Revocations(self._db.directory)
+            self._join_revocations()
+        except BaseException:
+            self._db.close()
+            raise
 
     @property
     def path(self) -> str:
@@ -102,10 +121,33 @@ class Store:
         """Brings everything onto the disk; for a worker thread. False if writers were too busy to finish: try later."""
         return self._db.checkpoint()
 
+    def _join_revocations(self) -> None:
+        """Revokes anew what the database lacks, because it was damaged or its last commits were lost; and vice versa.
+
+        A device that the database does not know any more gets a row without a key: nothing can be proved with it.
+        """
+        rows = self._db.all("SELECT tenant, device FROM devices WHERE revoked = 1")
+        devices, tokens = {(tenant, bytes(device)) for tenant, device in rows}, self.revoked_tokens()
+        lost_devices, lost_tokens = self._revocations.devices() - devices, self._revocations.tokens() - tokens
+        if lost_devices or lost_tokens:
+            with self._db.transaction:
+                for token in lost_tokens:
+                    self._db.write("INSERT INTO revoked_tokens (id) VALUES (?)", (token,))
+                for entry in lost_devices:
+                    self._db.write(
+                        "INSERT INTO devices (tenant, device, public, label, created, seen, revoked) "
+                        "VALUES (?, ?, x'', '', 0, 0, 1) ON CONFLICT (tenant, device) DO UPDATE SET revoked = 1",
+                        entry,
+                    )
+            self._revoked = tokens | lost_tokens
+        known = (device_line(*each) for each in sorted(devices))
+        self._revocations.complete([*map(token_line, sorted(tokens)), *known])
+
     def _forget_counts(self) -> None:
         """Drops what is counted in memory, because the database went back."""
         self._counts = None
         self._requests = -1
+        self._finals.clear()
         self._revoked = None
 
     # ---- finding sessions --------------------------------------------------------------------------------------
@@ -157,6 +199,10 @@ class Store:
             numbers += [number for (number,) in self._db.all(sql, (*values, state.value, after, limit))]
         chosen = [self.session(number) for number in sorted(numbers)[:limit]]
         return [row for row in chosen if row is not None]
+
+    def tenants(self) -> dict[int, str]:
+        """Returns whose each session is that is not closed, by its number."""
+        return {number: sys.intern(tenant) for number, tenant in self._db.all(_TENANTS)}
 
     def living(self, agent: tuple[str, str], after: int = 0, limit: int = 200) -> list[SessionRow]:
         """Returns sessions of a pod, (tenant, agent), that have not ended; batches as in `sessions`."""
@@ -303,15 +349,39 @@ class Store:
                 )
 
     def set_final(self, number: int, blob: bytes) -> None:
-        """Stores what repaints an ended session's last screen; RefusedError (`TOO_LARGE`) beyond 1 MiB."""
+        """Stores what repaints an ended session's last screen; RefusedError (`TOO_LARGE`) beyond 1 MiB.
+
+        Of a tenant's last screens the oldest go when they are more than FINALS_PER_TENANT_MAX_BYTES together.
+        """
         if len(blob) > limits.FINAL_MAX_BYTES:
             raise RefusedError(Code.TOO_LARGE, f"A final screen has at most {limits.FINAL_MAX_BYTES} bytes.")
-        self._db.write(
-            "INSERT INTO ends (session, lanes, final) "
-            "SELECT number, x'', ?2 FROM sessions WHERE number = ?1 AND phase > 0 "
-            "ON CONFLICT (session) DO UPDATE SET final = excluded.final",
-            (number, blob),
-        )
+        row = self._db.one("SELECT tenant FROM sessions WHERE number = ? AND phase > 0", (number,))
+        if row is None:
+            return
+        with self._db.transaction:
+            self._room_for_final(row[0], number, len(blob))
+            self._db.write(
+                "INSERT INTO ends (session, lanes, final) VALUES (?, x'', ?) "
+                "ON CONFLICT (session) DO UPDATE SET final = excluded.final",
+                (number, blob),
+            )
+
+    def _room_for_final(self, tenant: str, number: int, size: int) -> None:
+        """Counts a last screen, and drops the tenant's oldest ones where there are too many."""
+        if tenant not in self._finals:
+            (held,) = self._db.one("SELECT total(length(e.final))" + _FINALS + "WHERE s.tenant = ?", (tenant,))
+            self._finals[tenant] = int(held)
+        self._finals[tenant] += size - len(self.final(number))
+        if self._finals[tenant] <= limits.FINALS_PER_TENANT_MAX_BYTES:
+            return
+        # Some more than needed, as finding them takes its time.
+        target = limits.FINALS_PER_TENANT_MAX_BYTES // 8 * 7
+        sql = "SELECT e.session, length(e.final)" + _FINALS + "WHERE s.tenant = ? AND s.number != ? ORDER BY s.number"
+        for other, length in self._db.all(sql, (tenant, number)):
+            if self._finals[tenant] <= target:
+                break
+            self._db.write("UPDATE ends SET final = x'' WHERE session = ?", (other,))
+            self._finals[tenant] -= length
 
     def final(self, number: int) -> bytes:
         """Returns what repaints an ended session's last screen, or nothing."""
@@ -373,7 +443,7 @@ class Store:
                 "WHERE number = ?",
                 (State.CLOSED.value, now, number),
             )
-            self._db.write("DELETE FROM ends WHERE session = ?", (number,))
+            self._drop_end(number, row[0])
             self._db.write("DELETE FROM tickets WHERE session = ?", (number,))
             self._db.write("UPDATE attachments SET open = 0 WHERE session = ?", (number,))
             if self._count(row[0], -1, 1) > TOMBSTONES_PER_TENANT_MAX:
@@ -381,7 +451,7 @@ class Store:
                     "SELECT number FROM sessions WHERE tenant = ? AND state = ? ORDER BY number LIMIT 1",
                     (row[0], State.CLOSED.value),
                 )
-                self._remove(oldest[0])
+                self._remove(oldest[0], row[0])
                 self._count(row[0], 0, -1)
         return True
 
@@ -397,15 +467,20 @@ class Store:
                 (before, limit),
             )
             for number, tenant, phase in rows:
-                self._remove(number)
+                self._remove(number, tenant)
                 closed = phase == CLOSED_PHASE
                 self._count(tenant, -(not closed), -closed)
         return [number for number, _tenant, _phase in rows]
 
-    def _remove(self, number: int) -> None:
+    def _drop_end(self, number: int, tenant: str) -> None:
+        if tenant in self._finals:
+            self._finals[tenant] -= len(self.final(number))
+        self._db.write("DELETE FROM ends WHERE session = ?", (number,))
+
+    def _remove(self, number: int, tenant: str) -> None:
+        self._drop_end(number, tenant)
         for sql in (
             "DELETE FROM sessions WHERE number = ?",
-            "DELETE FROM ends WHERE session = ?",
             "DELETE FROM tickets WHERE session = ?",
             "DELETE FROM attachments WHERE session = ?",
         ):
@@ -430,8 +505,9 @@ class Store:
         """Remembers an attachment of a session and a device of its tenant; one that is known moves to this session.
 
         A session keeps ATTACHMENTS_MAX drivers and WATCHERS_MAX watchers: of the same mode, the one longest unused
-        goes, but none of `connected`. A counter that was spent stays spent. Raises RefusedError: `NOT_FOUND` if session
-        or device is unknown, `EXISTS` if the id is another device's.
+        goes (of a device that has more than a quarter of them, its own), but none of `connected`. A counter that was
+        spent stays spent. Raises RefusedError: `NOT_FOUND` if session or device is unknown, `EXISTS` if the id is
+        another device's.
         """
         row = self._db.one(
             "SELECT d.row, s.agent, s.phase FROM sessions s JOIN devices d ON d.tenant = s.tenant AND d.device = ? "
@@ -453,10 +529,14 @@ class Store:
             )
             # Whoever may only watch must not be able to make the session forget who drives it.
             known = self._db.all(
-                "SELECT id FROM attachments WHERE session = ? AND mode = ? ORDER BY used", (session, mode)
+                "SELECT id, device = ? FROM attachments WHERE session = ? AND mode = ? ORDER BY used",
+                (row[0], session, mode),
             )
-            surplus = len(known) - (limits.ATTACHMENTS_MAX if mode == "drive" else limits.WATCHERS_MAX)
-            for (other,) in known:
+            most = limits.ATTACHMENTS_MAX if mode == "drive" else limits.WATCHERS_MAX
+            surplus = len(known) - most
+            if surplus > 0 and sum(own for _, own in known) > most // 4:
+                known.sort(key=lambda entry: not entry[1])
+            for other, _own in known:
                 if surplus <= 0:
                     break
                 if other != attachment_id and other not in connected:
@@ -536,23 +616,51 @@ class Store:
         row = self._db.one(SELECT_DEVICE + "WHERE d.tenant = ? AND d.device = ?", (tenant, device))
         return device_row(row) if row is not None else None
 
-    def devices(self, tenant: str, limit: int = DEVICES_PER_TENANT_MAX) -> list[DeviceRow]:
-        """Returns at most `limit` devices of a tenant, in use before revoked, the one last seen first."""
+    def devices(self, tenant: str, limit: int = DEVICES_PER_TENANT_MAX, start: int = 0) -> list[DeviceRow]:
+        """Returns `limit` devices of a tenant from the `start`th on, in use before revoked, the one last seen first."""
         rows = self._db.all(
-            SELECT_DEVICE + "WHERE d.tenant = ? ORDER BY d.revoked, d.seen DESC LIMIT ?", (tenant, limit)
+            SELECT_DEVICE + "WHERE d.tenant = ? ORDER BY d.revoked, d.seen DESC LIMIT ? OFFSET ?",
+            (tenant, limit, start),
         )
         return [device_row(row) for row in rows]
 
     def revoke_device(self, tenant: str, device: DeviceId) -> bool:
-        """Refuses a device and all its attachments to this tenant from now on; False if the tenant does not know it."""
-        return self._db.write("UPDATE devices SET revoked = 1 WHERE tenant = ? AND device = ?", (tenant, device)) > 0
+        """Refuses a device and all its attachments to this tenant from now on; False if the tenant does not know it.
+
+        It is on the disk when this returns. Raises RefusedError (`LIMIT`) if the tenant revoked too many.
+        """
+        row = self._db.one("SELECT revoked FROM devices WHERE tenant = ? AND device = ?", (tenant, device))
+        if row is None or row[0]:
+            return row is not None
+        (count,) = self._db.one("SELECT count(*) FROM devices WHERE tenant = ? AND revoked = 1", (tenant,))
+        if count >= limits.REVOKED_DEVICES_PER_TENANT_MAX:
+            raise RefusedError(
+                Code.LIMIT,
+                f"{count} devices are revoked already: have the token revoked that this one came with (`sterna revoke "
+                "--token`).",
+            )
+        sql = "UPDATE devices SET revoked = 1 WHERE tenant = ? AND device = ?"
+        self._revoke(device_line(tenant, device), sql, (tenant, device))
+        return True
+
+    def _revoke(self, line: str, sql: str, values: tuple[str | bytes, ...]) -> None:
+        """Writes a revocation into its file, then into the database; if either fails, into neither."""
+        size = self._revocations.add(line)
+        try:
+            self._db.write(sql, values)
+        except BaseException:
+            self._revocations.take_back(line, size)
+            raise
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def remember_request(
         self, device: DeviceId, request: bytes, session: int, attachment_id: AttachmentId, now: int
     ) -> None:
-        """Remembers how a CONNECT was answered, for ten minutes; of all devices together the newest 100,000."""
+        """Remembers how a CONNECT was answered, for ten minutes; of all devices together REQUESTS_MAX of them.
+
+        Beyond that a device that connects forgets its own oldest first, so that nobody makes others' be forgotten.
+        """
         with self._db.transaction:
             self._db.write(
                 "INSERT OR REPLACE INTO requests (device, request, session, attachment, at) VALUES (?, ?, ?, ?, ?)",
@@ -562,9 +670,12 @@ class Store:
                 (self._requests,) = self._db.one("SELECT count(*) FROM requests")
             else:
                 self._requests += 1
-            bound = now - _REQUEST_MEMORY if self._requests <= REQUESTS_MAX else now + 1
             oldest = "SELECT device, request FROM requests WHERE at < ? ORDER BY at LIMIT ?"
-            for key in self._db.all(oldest, (bound, SWEEP_ROWS)):
+            gone = self._db.all(oldest, (now - _REQUEST_MEMORY, SWEEP_ROWS))
+            if not gone and self._requests > REQUESTS_MAX:
+                own = oldest.replace("WHERE", "WHERE device = ? AND")
+                gone = self._db.all(own, (device, now, SWEEP_ROWS)) or self._db.all(oldest, (now + 1, SWEEP_ROWS))
+            for key in gone:
                 self._requests -= self._db.write("DELETE FROM requests WHERE device = ? AND request = ?", key)
 
     def find_request(self, device: DeviceId, request: bytes, now: int) -> RequestRow | None:
@@ -585,15 +696,22 @@ class Store:
     ) -> None:
         """Remembers a share ticket by its hash until `expires`; `agents` is a glob, `session` a number or None for any.
 
-        Raises RefusedError (`LIMIT`) if the tenant has too many that still hold.
+        Of too many, the one goes that a device has not used for longest. Raises RefusedError (`LIMIT`) if all that the
+        tenant has wait for their first use.
         """
         with self._db.transaction:
             self.purge_tickets(now, SWEEP_ROWS)
             (count,) = self._db.one("SELECT count(*) FROM tickets WHERE tenant = ? AND expires > ?", (tenant, now))
             if count >= TICKETS_PER_TENANT_MAX:
-                raise RefusedError(
-                    Code.LIMIT, f"{TICKETS_PER_TENANT_MAX} share tickets are out: wait until some expire."
+                gone = self._db.write(
+                    "DELETE FROM tickets WHERE hash IN (SELECT hash FROM tickets "
+                    "WHERE tenant = ? AND expires > ? AND device IS NOT NULL ORDER BY expires LIMIT 1)",
+                    (tenant, now),
                 )
+                if not gone:
+                    raise RefusedError(
+                        Code.LIMIT, f"{TICKETS_PER_TENANT_MAX} share tickets are out: wait until some expire."
+                    )
             self._db.write(
                 "INSERT OR REPLACE INTO tickets (hash, tenant, session, agents, mode, expires) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
@@ -601,16 +719,26 @@ class Store:
             )
 
     def redeem_ticket(self, hashed: bytes, device: DeviceId, now: int) -> TicketRow | None:
-        """Returns what a ticket allows and binds it to the first device that comes; None if expired or another's."""
+        """Returns what a ticket allows and binds it to the first device that comes; None if expired or another's.
+
+        Once bound it holds for TICKET_KEPT_SECONDS from each use, which is written once a day.
+        """
         row = self._db.one(
             "SELECT tenant, session, agents, mode, expires, device FROM tickets WHERE hash = ? AND expires > ?",
             (hashed, now),
         )
         if row is None or row[5] not in (None, device):
             return None
-        if row[5] is None:
-            self._db.write("UPDATE tickets SET device = ? WHERE hash = ?", (device, hashed))
-        return TicketRow(*row[:5])
+        tenant, session, agents, mode, expires, owner = row
+        if owner is None or now + _TICKET_KEPT - expires >= _DAY:
+            expires = max(expires, now + _TICKET_KEPT)
+            self._db.write("UPDATE tickets SET device = ?, expires = ? WHERE hash = ?", (device, expires, hashed))
+        return TicketRow(tenant, session, agents, mode, expires)
+
+    def has_ticket(self, tenant: str, device: DeviceId) -> bool:
+        """Tells whether a device came to a tenant by a share ticket."""
+        found = self._db.one("SELECT 1 FROM tickets WHERE tenant = ? AND device = ? LIMIT 1", (tenant, device))
+        return found is not None
 
     def purge_tickets(self, now: int, limit: int = BATCH_MAX) -> int:
         """Forgets tickets that have expired, at most `limit`; returns how many."""
@@ -628,7 +756,7 @@ class Store:
             raise RefusedError(
                 Code.LIMIT, f"{REVOKED_TOKENS_MAX} tokens are revoked: replace the key that signs tokens."
             )
-        self._db.write("INSERT INTO revoked_tokens (id) VALUES (?)", (token,))
+        self._revoke(token_line(token), "INSERT INTO revoked_tokens (id) VALUES (?)", (token,))
         self._revoked = known | {token}
 
     def revoked_tokens(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, Protocol
 
 import msgspec
@@ -14,7 +15,8 @@ from sterna.errors import Code, ProtocolError, RefusedError, StorageError
 from sterna.ids import AttachmentId, SessionUid, uid_of
 from sterna.journal.interface import OutputLog
 from sterna.journal.journal import Journal
-from sterna.journal.memory import MemoryLog
+from sterna.journal.memory import MemoryLog, MemoryShares
+from sterna.node.finals import Finals
 from sterna.node.store import SessionRow, Store
 from sterna.protocol import messages
 from sterna.protocol.attachment import Ended, Lane, PodPort
@@ -76,6 +78,8 @@ class SessionTable:
         self._used: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self._stored: dict[int, State] = {}
+        self._memory = MemoryShares()
+        self._finals = Finals()
         self.storage_failures = 0
         self.on_lost: Callable[[Callable[[], None]], None] = lambda work: work()
         self.is_agent: Callable[[str, str], bool] = lambda _tenant, _name: False
@@ -105,6 +109,9 @@ class SessionTable:
         session = self._hot.get(number)
         if session is not None:
             self._used[number] = SYSTEM_CLOCK.monotonic()
+            if session.ended is not None and not session.final:
+                session.final = self.store.final(number)
+                self._finals.note(session)
             return session
         row = self.store.session(number)
         if row is None or row.state == State.CLOSED:
@@ -164,7 +171,7 @@ class SessionTable:
         session.epoch = row.epoch
         session.overwrite = self._overwrite
         session.holding = holding
-        session.spare = self._spare
+        session.spare = partial(self._spare, row.tenant)
         session.state = State.SUSPENDED if row.state == State.ACTIVE else State(row.state)
         if session.state is State.EXITED:
             session.ended = Ended(Code(row.end_code or Code.ENDED), row.end_reason or "", row.status, row.signal)
@@ -172,6 +179,7 @@ class SessionTable:
             for state in _lane_states(self.store.lanes(row.number)):
                 lane_id = AttachmentId(state.attachment)
                 session.lanes[lane_id] = Lane(lane_id, state.next)
+            self._finals.note(session)
         self._hot[row.number] = session
         self._by_uid[row.uid] = row.number
         self._used[row.number] = SYSTEM_CLOCK.monotonic()
@@ -189,13 +197,17 @@ class SessionTable:
             if output.damaged:
                 log.error("journal damaged", extra={"session": row.name, "lost": output.damaged})
             return output
-        return self.journal.create(row.number, ring_bytes=self._ring, spill_bytes=self._spill)
+        return self.journal.create(row.number, ring_bytes=self._ring, spill_bytes=self._spill, owner=row.tenant)
 
-    def _spare(self, broken: CoreLog) -> CoreLog:
+    def _in_memory(self, number: int, tenant: str, start: int) -> MemoryLog:
+        return MemoryLog(number, start=start, shares=self._memory, owner=tenant)
+
+    def _spare(self, tenant: str, broken: CoreLog) -> CoreLog:
         """Returns a log in memory that goes on where one on disk failed."""
         self.storage_failures += 1
         log.error("journal failed; the session goes on in memory")
-        spare = MemoryLog(getattr(broken, "number", 0), start=broken.tail)
+        number = getattr(broken, "number", 0)
+        spare = self._in_memory(number, tenant, broken.tail)
         position = broken.tail
         try:
             while position < broken.end:
@@ -203,7 +215,8 @@ class SessionTable:
                 spare.append(data)
                 position += len(data)
         except StorageError:
-            spare = MemoryLog(getattr(broken, "number", 0), start=broken.end)
+            spare.release()
+            spare = self._in_memory(number, tenant, broken.end)
         return spare
 
     # ---- making and ending -------------------------------------------------------------------------------------
@@ -230,9 +243,11 @@ class SessionTable:
         getattr(session.log, "release", lambda: None)()
         self.journal.remove(session.id)
         try:
-            session.log = self.journal.create(session.id, ring_bytes=self._ring, spill_bytes=self._spill, start=start)
+            session.log = self.journal.create(
+                session.id, ring_bytes=self._ring, spill_bytes=self._spill, start=start, owner=session.tenant
+            )  # fmt: skip
         except StorageError:
-            session.log = MemoryLog(session.id, start=start)
+            session.log = self._in_memory(session.id, session.tenant, start)
 
     def discard(self, number: int) -> None:
         """Forgets a session that was begun but could not be stored."""
@@ -299,6 +314,7 @@ class SessionTable:
         )
         if session.final:
             self._keep(self.store.set_final, session.id, session.final)
+        self._finals.note(session)
         log.info("session ended", extra={"session": session.name, "status": ended.status, "signal": ended.signal})
         if stored:
             session.release()  # else the pod is to say it again after the next start
@@ -316,6 +332,11 @@ class SessionTable:
         self._used.pop(session.id, None)
         self._ends.pop(session.id, None)
         self._stored.pop(session.id, None)
+        self._finals.forget(session)
+
+    def collected(self, session: Session) -> None:
+        """Notes that a pod sent a part of a last screen."""
+        self._finals.note(session)
 
     def store_state(self, session: Session) -> None:
         """Stores whether somebody is attached, when that changed."""
@@ -376,6 +397,23 @@ class SessionTable:
         getattr(session.log, "release", lambda: None)()
         self._drop(session)
         return True
+
+    def claim_logs(self) -> None:
+        """Says, at the start, whose the logs are, and removes those that no session has.
+
+        With a new database, or one from a backup, numbers come again: another session must never find output that is
+        not its own.
+        """
+        tenants, orphans = self.store.tenants(), []
+        for number in self.journal.logs():
+            if number in tenants:
+                self.journal.assign(number, tenants[number])
+            else:
+                orphans.append(number)
+        for number in orphans:
+            self.journal.remove(number)
+        if orphans:
+            log.warning("output of unknown sessions removed", extra={"logs": len(orphans)})
 
     def purge(self) -> int:
         """Forgets what is older than the retention time; returns how many sessions."""

@@ -17,6 +17,7 @@ from sterna.protocol.frame import Type, expand
 from sterna.protocol.messages import Kind, LaneState, Lost
 from sterna.protocol.states import Cause, State, step
 from sterna.protocol.stream import Intake
+from sterna.protocol.typist import Answering
 from sterna.units import MILLISECOND, SECOND
 
 _DATA = int(Type.DATA)
@@ -39,8 +40,8 @@ class Session:
     """
 
     __slots__ = (
-        "_away", "_captures", "_read", "_repaint", "_repaint_at", "_resize_at", "_token", "_wanted", "agent",
-        "attachments", "cols", "ended", "epoch", "events", "final", "holding", "id", "intake", "kind", "lanes",
+        "_answering", "_away", "_captures", "_read", "_repaint", "_repaint_at", "_resize_at", "_token", "_wanted",
+        "agent", "attachments", "cols", "ended", "epoch", "events", "final", "holding", "id", "intake", "kind", "lanes",
         "lanes_known", "log", "log_id", "name", "overwrite", "port", "read_to", "rows", "spare", "state", "tenant",
         "typist", "uid",
     )  # fmt: skip
@@ -82,6 +83,7 @@ class Session:
         self.ended: Ended | None = None
         self.events: list[str] = []
         self.final = b""
+        self._answering = Answering()
         self._captures: dict[int, Capture] = {}
         self._away: dict[AttachmentId, tuple[int, int]] = {}  # exact drivers without a connection: position, since when
         self._token = 0
@@ -231,7 +233,7 @@ class Session:
         for attachment in attachments:
             attachment.waiting = False
             attachment.lost = None
-            attachment.cursor = attachment.acked = max(position, attachment.cursor)
+            attachment.cursor = attachment.acked = position  # also who joined behind it: what the ring lacks is named
             attachment.progress = now
         for attachment in attachments:
             self.push(attachment, now)
@@ -288,7 +290,9 @@ class Session:
 
     # ---- attachments -------------------------------------------------------------------------------------------
 
-    def attach(self, attachment: Attachment, now: int, *, output: int | None, node: bytes, created: bool) -> None:
+    def attach(
+        self, attachment: Attachment, now: int, *, output: int | None, node: bytes, created: bool, quic: int = 0
+    ) -> None:  # fmt: skip
         """Adds a new attachment: ACCEPT, then history as asked for (`output`, a snapshot, or the oldest kept)."""
         lane = self._join(attachment, now)
         log = self.log
@@ -302,7 +306,7 @@ class Session:
             uid=self.uid, log=self.log_id, kind=self.kind, epoch=self.epoch, node=node, name=self.name,
             agent=self.agent, output=start, input=lane.handled if lane is not None else 0, window=attachment.window,
             keepalive=limits.KEEPALIVE_SECONDS, created=created, snapshot=snapshot, mode=attachment.mode,
-            state=self.state.value, head=log.end,
+            state=self.state.value, head=log.end, quic=quic,
         )  # fmt: skip
         attachment.link.send_message(Type.ACCEPT, attachment.handle, accept)
         if attachment.mode == "drive" and attachment.answers:
@@ -415,6 +419,7 @@ class Session:
 
     def _forget(self, attachment: Attachment) -> None:
         attachment.session = None
+        self._answering.forget(attachment)
         self._note_read(attachment)
         if attachment.lane is not None and attachment.lane.attachment is attachment:
             attachment.lane.attachment = None
@@ -521,6 +526,8 @@ class Session:
         if attachment.mode == "drive" and (self.typist is attachment or self.typist is None):
             self.typist = attachment
             self._size(attachment, now)
+            if attachment.answers:
+                self._answering.tell(attachment, self.attachments.values())
 
     def client_close(self, attachment: Attachment, now: int) -> None:
         """Takes CLOSE: the end of a living session, or the receipt for the CLOSE of an ended one."""
@@ -726,11 +733,7 @@ class Session:
     def _typing(self, attachment: Attachment, now: int) -> None:
         self.typist = attachment
         self._size(attachment, now)
-        terminals = [other for other in self.attachments.values() if other.answers]
-        if len(terminals) > 1:
-            for other in terminals:
-                event = messages.Event("typist", count=int(other is attachment))
-                other.link.send_message(Type.EVENT, other.handle, event)
+        self._answering.tell(attachment, self.attachments.values())
 
     def _size(self, attachment: Attachment, now: int) -> None:
         if attachment.cols and attachment.rows:

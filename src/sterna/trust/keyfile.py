@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sterna import paths
 from sterna.errors import TrustError
+from sterna.trust.leftovers import remove_leftovers
 
 _PREFIX = b"ed25519 "
 _SEED_BYTES = 32
@@ -21,7 +22,8 @@ def load_ed25519(path: str) -> Ed25519PrivateKey:
     TrustError if the file is open to others or damaged (a damaged key is never replaced silently), StorageError if the
     disk fails.
     """
-    paths.private_dir(os.path.dirname(os.path.abspath(path)))
+    # Node and clients come by here when they start: the moment to look what killed ones left in their directory.
+    remove_leftovers(paths.private_dir(os.path.dirname(os.path.abspath(path))))
     content = paths.read_private(path, _FILE_MAX_BYTES)
     if content is None:
         with paths.locked(path + ".lock"):

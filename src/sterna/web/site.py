@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from sterna import limits
+from sterna import __version__, limits
 from sterna.transport.tls import TlsSocket
 from sterna.transport.websocket import SUBPROTOCOL, accept_key
 from sterna.web.http import HEADERS, HttpConnection, Server, plain
-from sterna.web.pages import Page, load
+from sterna.web.pages import Page, load, takes_gzip
 
 if TYPE_CHECKING:
     from sterna.node.app import Node
@@ -163,15 +163,34 @@ class Site:
             return self._socket(request, connection)
         if path == "/healthz":
             return plain(503, "draining") if self._node.draining else plain(200, "ok")
+        if path == "/node":
+            return self._about(request)
         page = self._pages.get(path)
         return plain(404, "There is nothing here.") if page is None else self._page(request, page)
 
+    def _about(self, request: web.BaseRequest) -> web.Response:
+        """Says who this node is, for a page whose link does not: nothing that its certificates do not say too."""
+        names = self._node.config.names
+        about = {
+            "id": self._node.identity.node_id.hex(),
+            "name": names[0] if names else host_name(request.headers["Host"]),
+            "version": __version__,
+        }
+        headers = {**HEADERS, "Cache-Control": "no-store"}
+        return web.json_response(about, headers=headers)
+
     def _page(self, request: web.BaseRequest, page: Page) -> web.Response:
-        headers = {**HEADERS, "ETag": page.etag, "Cache-Control": page.cache, "Content-Type": page.type}
+        packed = page.packed if takes_gzip(request.headers.get("Accept-Encoding", "")) else None
+        etag = page.etag(packed=packed is not None)
+        headers = {**HEADERS, "ETag": etag, "Cache-Control": page.cache, "Content-Type": page.type}
+        if page.packed is not None:
+            headers["Vary"] = "Accept-Encoding"
         known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
-        if page.etag in known or known == ["*"]:
+        if etag in known or known == ["*"]:
             return web.Response(status=304, headers=headers)
-        return web.Response(body=page.content, headers=headers)
+        if packed is None:
+            return web.Response(body=page.content, headers=headers)
+        return web.Response(body=packed, headers={**headers, "Content-Encoding": "gzip"})
 
     def _socket(self, request: web.BaseRequest, connection: HttpConnection) -> web.Response:
         """Makes the connection a client's, or says why not."""

@@ -1,0 +1,220 @@
+"""Revocations on real files: what they outlive, and that none is half done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sterna import limits
+from sterna.errors import Code, RefusedError, StorageError, TrustError
+from sterna.ids import DeviceId
+from sterna.node.database import PAGE_BYTES
+from sterna.node.revocations import FILE
+from sterna.node.store import Store
+from sterna.units import SECOND
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOW = 1_700_000_000 * SECOND
+KEY = b"\x01" + bytes(32)
+LOST, KEPT = DeviceId(b"l" * 32), DeviceId(b"k" * 32)
+TOKEN = "0123456789abcdef" * 2
+
+
+@pytest.fixture(name="state")
+def _state(tmp_path: Path) -> str:
+    """A node's state in which a token and a device of `ada` are revoked, and another device is not."""
+    directory = str(tmp_path / "state")
+    db = Store(directory)
+    for device in (LOST, KEPT):
+        db.put_device(device, KEY, "ada", "laptop", NOW)
+    db.revoke_token(TOKEN)
+    assert db.revoke_device("ada", LOST)
+    db.close()
+    return directory
+
+
+def code(action: Any) -> Code:
+    with pytest.raises(RefusedError) as caught:
+        action()
+    return caught.value.code
+
+
+def still_refused(state: str) -> Store:
+    """Opens the store, which refuses what was revoked, and nothing else; for the caller to close."""
+    db = Store(state)
+    assert db.revoked_tokens() == {TOKEN}
+    assert code(lambda: db.put_device(LOST, KEY, "ada", "laptop", NOW)) is Code.REVOKED
+    db.put_device(LOST, KEY, "bob", "laptop", NOW)
+    db.put_device(KEPT, KEY, "ada", "laptop", NOW)
+    found = db.device(LOST, "ada")
+    assert found is not None
+    assert found.revoked
+    return db
+
+
+def damage(state: str, table: str = "") -> None:
+    """Overwrites the database, or only the first page of one of its tables."""
+    path = os.path.join(state, "node.db")
+    start, size = 0, os.path.getsize(path)
+    if table:
+        connection = sqlite3.connect(path)
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        connection.close()
+        start, size = (page - 1) * PAGE_BYTES, PAGE_BYTES
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * size)
+
+
+@pytest.mark.parametrize("table", ["", "devices", "revoked_tokens"])
+def test_they_outlive_a_damaged_database(state: str, table: str) -> None:
+    damage(state, table)
+    db = still_refused(state)
+    assert db.damaged is not None
+    assert db.revoke_device("ada", LOST), "it is known"
+    db.close()
+    os.unlink(os.path.join(state, FILE))
+    damage(state, table)
+    db = Store(state)
+    assert db.revoked_tokens() == frozenset(), "control: without the file they would be forgotten"
+    db.close()
+
+
+def test_they_outlive_commits_that_a_power_failure_took(state: str) -> None:
+    connection = sqlite3.connect(os.path.join(state, "node.db"))
+    connection.execute("DELETE FROM revoked_tokens")
+    connection.execute("UPDATE devices SET revoked = 0")
+    connection.commit()
+    connection.close()
+    db = still_refused(state)
+    assert (db.damaged, len(db.devices("ada"))) == (None, 2)
+    db.close()
+
+
+def test_what_only_the_database_knows_comes_into_the_file(state: str) -> None:
+    os.unlink(os.path.join(state, FILE))
+    still_refused(state).close()
+    damage(state)
+    still_refused(state).close()
+
+
+def test_each_one_is_synced_before_it_returns(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = os.path.join(state, FILE)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    db, synced = Store(state), list[int]()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert db.revoke_device("ada", KEPT)
+    db.revoke_token("f" * 32)
+    assert synced[-1] == os.path.getsize(path)
+    assert len(synced) == 2
+    db.revoke_token("f" * 32)
+    assert len(synced) == 2, "what is revoked already costs nothing"
+    db.close()
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 6))
+def test_a_torn_last_line_is_dropped_and_the_next_one_is_whole(state: str, cut: int) -> None:
+    path = os.path.join(state, FILE)
+    db = Store(state)
+    whole = os.path.getsize(path)
+    db.revoke_token("e" * 32)
+    db.close()
+    os.truncate(path, os.path.getsize(path) - cut)
+    damage(state)
+    db = still_refused(state)
+    assert os.path.getsize(path) == whole, "what was torn is gone"
+    db.revoke_token("d" * 32)
+    db.close()
+    damage(state)
+    db = Store(state)
+    assert db.revoked_tokens() == {TOKEN, "d" * 32}
+    db.close()
+
+
+def test_damaged_lines_are_named_and_the_others_hold(state: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = os.path.join(state, FILE)
+    with open(path, "r+b") as file:
+        lines = file.read().splitlines(keepends=True)
+        file.seek(0)
+        file.write(b"\0" * 30 + b"\n" + b"".join(line.replace(b"token 0", b"token 1") + b"\n" for line in lines))
+    damage(state)
+    with caplog.at_level(logging.ERROR):
+        db = Store(state)
+    assert [record.__dict__["lines"] for record in caplog.records if "damaged" in record.message] == [2]
+    assert code(lambda: db.put_device(LOST, KEY, "ada", "laptop", NOW)) is Code.REVOKED
+    assert db.revoked_tokens() == frozenset()
+    db.close()
+
+
+@pytest.mark.parametrize("written", [0, 20], ids=["nothing fits", "a part fits"])
+def test_one_that_does_not_fit_is_refused_and_not_half_done(
+    state: str, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    db, path = Store(state), os.path.join(state, FILE)
+    before = os.path.getsize(path)
+    real = os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        if written and len(data) > 40:
+            return real(descriptor, bytes(data[:written]))
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        for action in (lambda: db.revoke_device("ada", KEPT), lambda: db.revoke_token("c" * 32)):
+            with pytest.raises(StorageError, match="cannot be revoked"):
+                action()
+    assert os.path.getsize(path) == before
+    db.put_device(KEPT, KEY, "ada", "laptop", NOW)
+    db.close()
+    db = still_refused(state)
+    assert db.revoke_device("ada", KEPT), "there is room again"
+    assert code(lambda: db.put_device(KEPT, KEY, "ada", "laptop", NOW)) is Code.REVOKED
+    db.close()
+
+
+def test_one_that_the_database_cannot_store_is_taken_back(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    db, path = Store(state), os.path.join(state, FILE)
+    before = os.path.getsize(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(db._db, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+        for action in (lambda: db.revoke_device("ada", KEPT), lambda: db.revoke_token("c" * 32)):
+            with pytest.raises(StorageError, match="full"):
+                action()
+    assert os.path.getsize(path) == before
+    db.close()
+    damage(state)
+    still_refused(state).close()
+
+
+def test_a_file_open_to_others_or_unreadable_stops_the_node(state: str) -> None:
+    path = os.path.join(state, FILE)
+    os.chmod(path, 0o644)
+    with pytest.raises(TrustError, match="chmod 600"):
+        Store(state)
+    os.chmod(path, 0o600)
+    still_refused(state).close()
+
+
+def test_there_are_bounds(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = Store(state)
+    monkeypatch.setattr(limits, "REVOKED_DEVICES_PER_TENANT_MAX", 1)
+    assert code(lambda: db.revoke_device("ada", KEPT)) is Code.LIMIT
+    db.put_device(LOST, KEY, "bob", "laptop", NOW)
+    assert db.revoke_device("bob", LOST), "another tenant's are not counted"
+    monkeypatch.setattr(limits, "REVOCATIONS_MAX", 3)
+    assert code(lambda: db.revoke_token("c" * 32)) is Code.LIMIT
+    db.close()
