@@ -155,7 +155,7 @@ class View:
         """What is not the same, in words; [] if nothing."""
         found = [
             f"{name}: {self.modes[name]!r} is not {other.modes[name]!r}"
-            for name in MODES
+            for name in self.modes
             if self.modes[name] != other.modes[name]
         ]
         lines, other_lines = self.lines, other.lines
@@ -253,16 +253,22 @@ class Pane:
         """The lines of scroll-back and screen; soft-wrapped ones are one."""
         return self.run("capture-pane", "-p", "-J", "-S", "-")
 
-    def view(self) -> View:
-        """All that there is to see."""
+    def view(self, since: str = "-") -> View:
+        """All that there is to see, from the line `since` on; 0 is the screen's first."""
         target = f"={self.name}:"
         return View(
             self._tmux.run(
-                "capture-pane", "-t", target, "-e", "-N", "-p", "-S", "-", ";",
+                "capture-pane", "-t", target, "-e", "-N", "-p", "-S", since, ";",
                 "display-message", "-t", target, "-p", _FORMAT, ";",
-                "capture-pane", "-t", target, "-p", "-J", "-S", "-",
+                "capture-pane", "-t", target, "-p", "-J", "-S", since,
             )
         )  # fmt: skip
+
+    def screen(self) -> View:
+        """The same without what a picture that was made for a larger terminal leaves outside of the screen."""
+        view = self.view("0")
+        del view.modes["history_size"], view.modes["pane_tabs"]
+        return view
 
     def expect(self, pattern: str, seconds: float = 15.0) -> str:
         """Waits until the screen's text matches; returns it."""
@@ -319,11 +325,11 @@ class Tmux:
         return Pane(self, name)
 
 
-def assert_same(*panes: Pane, seconds: float = 10.0) -> None:
-    """Waits until all panes show the same as the last one."""
+def assert_same(*panes: Pane, seconds: float = 10.0, look: Callable[[Pane], View] = Pane.view) -> None:
+    """Waits until all panes show the same as the last one to who looks at them so."""
     deadline = time.monotonic() + seconds
     for pane in panes[:-1]:
-        while found := pane.view().differences(panes[-1].view()):
+        while found := look(pane).differences(look(panes[-1])):
             assert time.monotonic() < deadline, f"{pane.name} is not as {panes[-1].name}:\n" + "\n".join(found)
             time.sleep(_POLL_SECONDS)
 
@@ -336,10 +342,12 @@ def assert_shows(pane: Pane, view: View, seconds: float = 10.0) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def assert_never_same(pane: Pane, other: Pane, seconds: float = 1.0) -> None:
+def assert_never_same(
+    pane: Pane, other: Pane, seconds: float = 1.0, *, look: Callable[[Pane], View] = Pane.view
+) -> None:
     """Control: the check for equality has to fail, however long it looks."""
     try:
-        assert_same(pane, other, seconds=seconds)
+        assert_same(pane, other, seconds=seconds, look=look)
     except AssertionError:
         return
     raise AssertionError("what is different counts as equal: the check is worth nothing")

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sterna.client.conversation import Conversation, Happening, Plan, make_plan, usual_state
+from sterna.client.conversation import Attached, Conversation, Happening, Plan, make_plan, usual_state
+from sterna.client.dialling import Dialling
 from sterna.client.driver import STANDBY, STANDBY_SECONDS, Mover
 from sterna.client.endpoint import Endpoint
 from sterna.client.session import Wish, make_machine
-from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
-from sterna.errors import Code, ConnectionLostError, RefusedError, SternaError
+from sterna.client.watchers import AddressWatch, SleepWatch
+from sterna.errors import ConnectionLostError, SternaError
 from sterna.protocol.client import ClientMachine, Dial, Event
 from sterna.protocol.link import Link
-from sterna.protocol.messages import Accept, Mode
+from sterna.protocol.messages import Mode
 from sterna.transport.pump import Conduit, Pump, Reactor
 from sterna.transport.tls import TlsSocket
 from sterna.units import MILLISECOND, SECOND
@@ -27,7 +26,6 @@ from sterna.units import MILLISECOND, SECOND
 if TYPE_CHECKING:
     from sterna.transport.quic_client import QuicPump
 
-_STUCK_MS = 200
 _QUICK_SECONDS, _BUSY_SECONDS, _IDLE_SECONDS = 0.05, 0.1, 1.0
 _LEAVE_SECONDS = 3.0
 
@@ -115,14 +113,12 @@ class _Driver:
         self._pumps: dict[int, Pump] = {}
         self._quics: dict[int, QuicPump] = {}
         self._opened: set[int] = set()  # the QUIC connections that the machine knows as established
+        self._dialling = Dialling(machine, endpoint)
         self._mover = Mover(machine, endpoint)
         self._standby_until = 0
         self._last_active: int | None = None
-        self._turn = 0
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0
-        self._acks = AckWatch()
-        self._acks_of = -1
         self._watch = self._loop.call_later(_IDLE_SECONDS, self._look)
         self.closed = False
         self.run(lambda: None)
@@ -179,9 +175,17 @@ class _Driver:
         if machine.active != self._last_active:
             self._last_active = machine.active
             if machine.active is not None:
-                self._mover.opened(time.monotonic_ns(), quic=machine.active in self._quics)
+                source = self._source(machine.active)
+                self._mover.opened(time.monotonic_ns(), quic=machine.active in self._quics, source=source)
         self._arm()
         self._on_settled()
+
+    def _source(self, number: int) -> str:
+        """Returns our own address of a connection, "" for one inside of this machine."""
+        if number in self._quics:
+            return self._quics[number].channel.source
+        sock = self._pumps[number].socket
+        return "" if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
 
     def _arm(self) -> None:
         """Sets the timer for the machine; one that is early stays, it will look again."""
@@ -229,13 +233,11 @@ class _Driver:
                 self.suspect(reason)
             return
         pump = self._pumps.get(number) if number is not None else None
-        if pump is None or pump.socket.family == socket.AF_UNIX:
+        if pump is None or number is None or pump.socket.family == socket.AF_UNIX:
             return
-        if self._acks_of != number:
-            self._acks_of = number if number is not None else -1
-            self._acks = AckWatch()
-        if self._acks.waiting_ms(tcp_state(pump.socket), now) >= _STUCK_MS:
-            self.suspect("the network does not acknowledge")
+        reason = self._mover.silent(number, pump.socket, now)
+        if reason:
+            self.suspect(reason)
 
     def _look_for_quic(self, now: int, active: QuicPump | None) -> None:
         """Begins a QUIC connection beside one over TCP, and gives it up if it takes too long."""
@@ -280,7 +282,6 @@ class _Driver:
             channel = make(family, address, ways.ca)
         except OSError:
             return False
-        self._mover.tried |= number != STANDBY
         from sterna.transport.quic_client import QuicPump
 
         self._quics[number] = QuicPump(self._around.reactor, channel, number, self._tended)
@@ -337,34 +338,18 @@ class _Driver:
             self._dial_tcp(number)
 
     def _dial_tcp(self, number: int) -> None:
-        addresses = self.endpoint.addresses
-        family, address = addresses[self._turn % len(addresses)]
-        self._turn += 1
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        code = sock.connect_ex(address)
-        if code not in (0, errno.EINPROGRESS, errno.EAGAIN):
-            sock.close()
-            self.machine.dial_failed(number, time.monotonic_ns(), refused=True, reason=self._unreachable(code))
-            return
-        if code:
+        sock = self._dialling.begin(number)
+        if sock is not None:
             self._connecting[number] = sock
-            self._loop.add_writer(sock.fileno(), self._connected, number)
-        else:
-            self._open(number, sock)
-
-    def _unreachable(self, code: int) -> str:
-        return f"The node at {self.endpoint.name} cannot be reached: {os.strerror(code)}."
+            self._loop.add_writer(sock.fileno(), self.run, lambda: self._connected(number))
 
     def _connected(self, number: int) -> None:
         sock = self._connecting.pop(number)
         self._loop.remove_writer(sock.fileno())
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            sock.close()
-            text = self._unreachable(code)
-            self.run(lambda: self.machine.dial_failed(number, time.monotonic_ns(), refused=True, reason=text))
+        if self._dialling.connected(number, sock):
+            self._open(number, sock)
         else:
-            self.run(lambda: self._open(number, sock))
+            sock.close()
 
     def _open(self, number: int, plain: socket.socket) -> None:
         context = self.endpoint.context
@@ -435,7 +420,7 @@ class _Driver:
         self.run(lambda: self.machine.dial_failed(number, time.monotonic_ns(), refused=True, reason=text))
 
 
-class Session:
+class Session(Attached):
     """A session that this program is attached to, through any failure of the network; made by `connect`.
 
     Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more.
@@ -451,54 +436,6 @@ class Session:
         self._waiting: list[asyncio.Future[None]] = []
         self._writing = asyncio.Lock()
         self._driver = _Driver(machine, endpoint, self._conversation.event, self._settled)
-
-    # ---- what it is --------------------------------------------------------------------------------------------
-
-    @property
-    def _accept(self) -> Accept:
-        accept = self._conversation.accept
-        assert accept is not None, "connect() returns only once the session is there"
-        return accept
-
-    @property
-    def name(self) -> str:
-        """The session's name when it was joined."""
-        return self._accept.name
-
-    @property
-    def uid(self) -> bytes:
-        """The session's real name, 16 bytes."""
-        return self._accept.uid
-
-    @property
-    def agent(self) -> str:
-        """The agent's name."""
-        return self._accept.agent
-
-    @property
-    def kind(self) -> str:
-        """What is behind it: `pty`, `stream` or `chat`."""
-        return self._accept.kind
-
-    @property
-    def mode(self) -> str:
-        """`drive` or `watch`."""
-        return self._accept.mode
-
-    @property
-    def created(self) -> bool:
-        """Whether this connection made the session."""
-        return self._accept.created
-
-    @property
-    def position(self) -> int:
-        """The output position, in bytes from 0, of the byte that `read` returns next."""
-        return self._conversation.position
-
-    @property
-    def exit_status(self) -> int | None:
-        """The program's exit status, 128 + n after signal n; None while it runs and where nobody knows."""
-        return self._conversation.exit_status
 
     # ---- output ------------------------------------------------------------------------------------------------
 
@@ -686,10 +623,7 @@ class Session:
         conversation = self._conversation
         while conversation.accept is None and not conversation.over:
             await self._change()
-        if conversation.error is not None:
-            raise conversation.error
-        if conversation.accept is None:
-            raise RefusedError(Code.ENDED, "The session was closed.")
+        conversation.check_open()
 
 
 async def connect(  # noqa: PLR0913  # everything that the command line can say, by name
@@ -711,6 +645,7 @@ async def connect(  # noqa: PLR0913  # everything that the command line can say,
     cwd: str | None = None,
     output: int | None = None,
     displace: bool = False,
+    quic_port: int | None = None,
     timeout: float | None = None,  # noqa: ASYNC109  # covers the search for the node too, and has a sentence of its own
     on_event: Callable[[Happening], None] | None = None,
 ) -> Session:
@@ -721,15 +656,16 @@ async def connect(  # noqa: PLR0913  # everything that the command line can say,
     machine's, that of the state directory `state` (else $STERNA_STATE), or at `host` and `port` with access `token`;
     `link` names all of it. `exact` gives every byte from position `output`, or the oldest kept; else what repaints the
     screen comes first. `size` is our terminal's (columns, rows), if there is one; `displace` ends all other
-    attachments; `timeout` is in seconds. `on_event` gets every Gap, Uncertain, Trouble and Notice. Raises SternaError
-    with what to do.
+    attachments; `quic_port` is the node's UDP port, 0 for TCP only (else $STERNA_QUIC_PORT, else what the node says);
+    `timeout` is in seconds. `on_event` gets every Gap, Uncertain, Trouble and Notice. Raises SternaError with what to
+    do.
     """
     state = usual_state(state)
     try:
         async with asyncio.timeout(timeout):
             plan = await asyncio.to_thread(
                 make_plan, target, agent=agent, name=name, new=new, state=state, host=host, port=port, link=link,
-                token=token, argv=argv, cwd=cwd,
+                token=token, argv=argv, cwd=cwd, quic_port=quic_port,
             )  # fmt: skip
 
             def machine(wish: Wish) -> ClientMachine:

@@ -132,9 +132,7 @@ class Attach:
                 lines.append(f"The session {self._name} ended.")
         elif self._left:
             again = self._options.again.replace("NAME", self._name)
-            # A share link is good for the device that used it first, and that is this one, as long as it lives.
-            until = " until the link expires" if self._endpoint.session is not None else ""
-            line = f"Detached from {self._name}; `{again}` comes back{until}."
+            line = f"Detached from {self._name}; `{again}` comes back."
             lines.append(line if self._name and again else "Detached.")
         return "".join(f"sterna: {line}\n" for line in lines if line)
 

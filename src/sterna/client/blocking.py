@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from sterna.client.conversation import Conversation, Happening, make_plan, usual_state
+from sterna.client.conversation import Attached, Conversation, Happening, make_plan, usual_state
 from sterna.client.driver import PollDriver
 from sterna.client.endpoint import Endpoint
 from sterna.client.session import make_machine
-from sterna.errors import Code, RefusedError, SternaError
+from sterna.errors import SternaError
 from sterna.protocol.client import ClientMachine
-from sterna.protocol.messages import Accept, Mode
+from sterna.protocol.messages import Mode
 from sterna.units import SECOND
 
 _LEAVE_SECONDS = 3.0
 
 
-class BlockingSession:
+class BlockingSession(Attached):
     """A session that this program is attached to, through any failure of the network; made by `connect`.
 
     Iterating over it, or `read`, gives the output; what was given counts as handled when the caller asks for more.
@@ -39,23 +39,6 @@ class BlockingSession:
     # ---- what it is --------------------------------------------------------------------------------------------
 
     @property
-    def accept(self) -> Accept:
-        """What the node said about the session when it was joined: name, uid, agent, kind, mode, created, …"""
-        accept = self._conversation.accept
-        assert accept is not None, "connect() returns only once the session is there"
-        return accept
-
-    @property
-    def name(self) -> str:
-        """The session's name when it was joined."""
-        return self.accept.name
-
-    @property
-    def position(self) -> int:
-        """The output position, in bytes from 0, of the byte that `read` returns next."""
-        return self._conversation.position
-
-    @property
     def unread(self) -> bool:
         """Whether output is here already that `read` will return at once."""
         return self._conversation.unread
@@ -64,11 +47,6 @@ class BlockingSession:
     def ended(self) -> bool:
         """Whether the session ended; output may still wait to be read."""
         return self._conversation.close is not None
-
-    @property
-    def exit_status(self) -> int | None:
-        """The program's exit status, 128 + n after signal n; None while it runs and where nobody knows."""
-        return self._conversation.exit_status
 
     def events(self) -> list[Happening]:
         """Returns what happened beside the bytes since the last call: Gap, Uncertain, Trouble, Notice."""
@@ -239,10 +217,7 @@ class BlockingSession:
         """Waits until the session is there; raises what stands against it."""
         conversation = self._conversation
         self._until(lambda: conversation.accept is not None or conversation.over, timeout)
-        if conversation.error is not None:
-            raise conversation.error
-        if conversation.accept is None:
-            raise RefusedError(Code.ENDED, "The session was closed.")
+        conversation.check_open()
 
 
 def connect(  # noqa: PLR0913  # everything that the command line can say, by name
@@ -264,6 +239,7 @@ def connect(  # noqa: PLR0913  # everything that the command line can say, by na
     cwd: str | None = None,
     output: int | None = None,
     displace: bool = False,
+    quic_port: int | None = None,
     timeout: float | None = None,
     on_event: Callable[[Happening], None] | None = None,
 ) -> BlockingSession:
@@ -274,7 +250,7 @@ def connect(  # noqa: PLR0913  # everything that the command line can say, by na
     state = usual_state(state)
     plan = make_plan(
         target, agent=agent, name=name, new=new, state=state, host=host, port=port, link=link, token=token, argv=argv,
-        cwd=cwd,
+        cwd=cwd, quic_port=quic_port,
     )  # fmt: skip
     for wish in plan.wishes:
         machine = make_machine(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sterna.client.endpoint import Address, Endpoint, client_state, stranger, unreachable
+from sterna.client.endpoint import Endpoint, client_state, stranger, unreachable
+from sterna.client.line import Line
 from sterna.client.session import device_label
 from sterna.errors import Code, ConnectionLostError, ProtocolError, RefusedError
 from sterna.protocol import messages
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 10.0
 PAGES_MAX = 1_000
-_READ_BYTES = 64 * 1024
 
 
 class Caller:
@@ -42,12 +41,11 @@ class Caller:
         self._link = Link()
         self._frames: list[Frame] = []
         self._ids = 0
-        self._deadline = time.monotonic() + timeout
-        self._sock = self._connect()
+        self._line = self._connect(time.monotonic() + timeout)
         try:
             self._prove(state)
         except BaseException:
-            self._sock.close()
+            self._line.close()
             raise
 
     def __enter__(self) -> Caller:
@@ -60,11 +58,11 @@ class Caller:
 
     def close(self) -> None:
         """Closes the connection."""
-        self._sock.close()
+        self._line.close()
 
     def call(self, method: str, **params: Any) -> Any:
         """Returns the value of one CALL; the node's refusal is raised as RefusedError with the node's own sentence."""
-        self._deadline = time.monotonic() + self._timeout
+        self._line.deadline = time.monotonic() + self._timeout
         self._ids += 1
         self._link.send_message(Type.CALL, 0, Call(self._ids, method, msgspec.Raw(messages.pack(params))))
         self._send()
@@ -103,50 +101,21 @@ class Caller:
 
     # ---- the connection ----------------------------------------------------------------------------------------
 
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise self._silent()
-        return left
-
-    def _silent(self) -> ConnectionLostError:
-        return ConnectionLostError(f"The node at {self.endpoint.name} did not answer within {self._timeout:g} seconds.")
-
-    def _connect(self) -> socket.socket:
+    def _connect(self, deadline: float) -> Line:
         reason: ConnectionLostError | None = None
         for address in self.endpoint.addresses:
             try:
-                return self._dial(address)
-            except ConnectionLostError as error:
-                reason = error
+                return Line(address, self.endpoint.context, deadline)
+            except ssl.SSLCertVerificationError:
+                raise stranger(self.endpoint) from None
+            except OSError as error:
+                reason = self._failed(error)
         raise reason or ConnectionLostError(f"The node at {self.endpoint.name} has no address.")
 
-    def _dial(self, address: Address) -> socket.socket:
-        family, target = address
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self._left())
-            sock.connect(target)
-            if self.endpoint.context is None:
-                return sock
-            if family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock = self.endpoint.context.wrap_socket(sock)
-        except ssl.SSLCertVerificationError:
-            sock.close()
-            raise stranger(self.endpoint) from None
-        except TimeoutError:
-            sock.close()
-            raise self._silent() from None
-        except OSError as error:
-            sock.close()
-            raise self._unreachable(error) from None
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _unreachable(self, error: OSError) -> ConnectionLostError:
+    def _failed(self, error: OSError) -> ConnectionLostError:
+        if isinstance(error, TimeoutError):
+            text = f"The node at {self.endpoint.name} did not answer within {self._timeout:g} seconds."
+            return ConnectionLostError(text)
         if self.endpoint.context is None:
             return ConnectionLostError("No node runs here any more: start it again with `sterna up`.")
         return unreachable(self.endpoint.name, error)
@@ -167,14 +136,10 @@ class Caller:
             pass
 
     def _send(self) -> None:
-        data = b"".join(self._link.data_to_send())
         try:
-            self._sock.settimeout(self._left())
-            self._sock.sendall(data)
-        except TimeoutError:
-            raise self._silent() from None
+            self._line.send(b"".join(self._link.data_to_send()))
         except OSError as error:
-            raise self._unreachable(error) from None
+            raise self._failed(error) from None
 
     def _frame(self) -> Frame:
         """Returns the next frame; an ERROR is raised, a PING answered."""
@@ -191,12 +156,9 @@ class Caller:
 
     def _receive(self) -> None:
         try:
-            self._sock.settimeout(self._left())
-            data = self._sock.recv(_READ_BYTES)
-        except TimeoutError:
-            raise self._silent() from None
+            data = self._line.receive()
         except OSError as error:
-            raise self._unreachable(error) from None
+            raise self._failed(error) from None
         if not data:
             raise ConnectionLostError(f"The node at {self.endpoint.name} ended the connection; try again.")
         self._frames += self._link.receive(data)
@@ -228,10 +190,14 @@ def pick(sessions: list[dict[str, Any]], which: str, agents: Iterable[dict[str, 
     of_agent = [session for session in sessions if session["agent"] == which]
     if of_agent:
         return max(of_agent, key=lambda session: (session["state"] != "exited", session["changed"]))
+    ours = any(agent["name"] == which for agent in agents)
+    if named is None and ours:
+        text = f"The agent {which!r} has no session: `sterna attach {which}` begins one."
+        raise RefusedError(Code.NOT_FOUND, text)
     if named is None:
         text = f"There is no session or agent {which[:80]!r}: `sterna ls` shows what there is."
         raise RefusedError(Code.NOT_FOUND, text)
-    if any(agent["name"] == which for agent in agents):
+    if ours:
         text = f"The agent {which!r} has no session, and the one so called is another agent's: give its uid."
         raise RefusedError(Code.NOT_FOUND, text)
     return named

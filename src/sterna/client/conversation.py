@@ -75,6 +75,7 @@ def make_plan(  # noqa: PLR0913  # everything that the command line can say, by 
     token: str | None,
     argv: list[str] | None,
     cwd: str | None,
+    quic_port: int | None = None,
 ) -> Plan:
     """Returns what `connect` is to try; raises SternaError when the node is not known. May ask the network and block.
 
@@ -82,11 +83,15 @@ def make_plan(  # noqa: PLR0913  # everything that the command line can say, by 
     """
     if target is not None and is_link(target):
         link = target
+        target = None
     if link is not None:
+        endpoint = find(state=state, link=link, quic_port=quic_port)
+    else:
+        endpoint = find(state=state, host=host, port=port, token=token, quic_port=quic_port)
+    if link is not None and endpoint.session is not None:
         if name is not None or new:
             raise UsageError("A share link names its session: leave name and new out.")
-        return Plan(find(state=state, link=link), [Wish("join")], link)
-    endpoint = find(state=state, host=host, port=port, token=token)
+        return Plan(endpoint, [Wish("join")], link)
     if name is not None and new:
         raise UsageError("Choose either a name, which finds or makes a session, or a new session.")
     if name is not None:
@@ -223,6 +228,13 @@ class Conversation:
             self._confirmed = True
             self.machine.confirm_end(now)
 
+    def check_open(self) -> None:
+        """Raises what ended the attachment before it was there."""
+        if self.error is not None:
+            raise self.error
+        if self.accept is None:
+            raise RefusedError(Code.ENDED, "The session was closed.")
+
     def check_writable(self) -> None:
         """Raises what stands against more input."""
         if self.error is not None:
@@ -231,3 +243,56 @@ class Conversation:
             raise RefusedError(Code.ENDED, "The session takes no more input: it ended, or was left.")
         if self.accept is not None and self.accept.mode != "drive":
             raise UsageError("This attachment only watches: connect with mode drive to type.")
+
+
+class Attached:
+    """What a session tells of itself, whoever drives it."""
+
+    _conversation: Conversation
+
+    @property
+    def accept(self) -> Accept:
+        """What the node said about the session when it was joined: name, uid, agent, kind, mode, created, …"""
+        accept = self._conversation.accept
+        assert accept is not None, "connect() returns only once the session is there"
+        return accept
+
+    @property
+    def name(self) -> str:
+        """The session's name when it was joined."""
+        return self.accept.name
+
+    @property
+    def uid(self) -> bytes:
+        """The session's real name, 16 bytes."""
+        return self.accept.uid
+
+    @property
+    def agent(self) -> str:
+        """The agent's name."""
+        return self.accept.agent
+
+    @property
+    def kind(self) -> str:
+        """What is behind it: `pty`, `stream` or `chat`."""
+        return self.accept.kind
+
+    @property
+    def mode(self) -> str:
+        """`drive` or `watch`."""
+        return self.accept.mode
+
+    @property
+    def created(self) -> bool:
+        """Whether this connection made the session."""
+        return self.accept.created
+
+    @property
+    def position(self) -> int:
+        """The output position, in bytes from 0, of the byte that `read` returns next."""
+        return self._conversation.position
+
+    @property
+    def exit_status(self) -> int | None:
+        """The program's exit status, 128 + n after signal n; None while it runs and where nobody knows."""
+        return self._conversation.exit_status

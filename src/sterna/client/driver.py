@@ -5,7 +5,6 @@ fast.
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 import ssl
@@ -13,9 +12,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sterna.client.dialling import Dialling
 from sterna.client.endpoint import Endpoint, unreachable
 from sterna.client.watchers import AckWatch, AddressWatch, SleepWatch, tcp_state
-from sterna.protocol.client import ClientMachine, Dial, Event, Trouble
+from sterna.protocol.client import ClientMachine, Dial, Event, Opened, Trouble
+from sterna.transport.tls import TlsSocket
 from sterna.units import MILLISECOND, SECOND
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
+_PIECE_BYTES = 64 * 1024
+_READS_MAX = 32
+"""Records read before anything else is done: full ones fill the buffer sooner, small ones may come without end."""
 _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _WATCH_QUICK, _WATCH_BUSY, _WATCH_IDLE = 50 * MILLISECOND, 100 * MILLISECOND, 1000 * MILLISECOND
 _STUCK_MS = 200
@@ -34,28 +38,35 @@ STANDBY_SECONDS = 2
 _MIGRATION_MS = 150
 _SETTLED = SECOND
 _MOVING = "the session goes over to QUIC"
+_SILENT = "the network does not acknowledge"
 _IN, _OUT = select.POLLIN, select.POLLOUT
 _ANY_ERROR = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
 class Mover:
-    """When a session goes over to QUIC, and how it gets over a change of address there: the same for all drivers.
+    """When a session goes over to QUIC, how it gets over a change of address there, and when the network is suspect:
+    the same for all drivers.
 
-    A session that runs over TCP is asked for a connection beside it (`wants_standby`), goes over once that is
+    A session over TCP whose client moves is asked for a connection beside it (`wants_standby`), goes over once that is
     established, and nobody is told of it unless it takes long. Times are monotonic nanoseconds.
     """
 
-    __slots__ = ("_began", "_endpoint", "_held", "_machine", "_moving", "_settled", "migrating", "tried", "troubled")
+    __slots__ = (
+        "_acks", "_acks_of", "_began", "_endpoint", "_held", "_machine", "_moving", "_settled", "_source", "migrating",
+        "troubled",
+    )  # fmt: skip
 
     def __init__(self, machine: ClientMachine, endpoint: Endpoint) -> None:
         self._machine = machine
         self._endpoint = endpoint
+        self._acks = AckWatch()
+        self._acks_of = -1
         self._settled = self._began = 0
         self._moving = False
         self._held: Trouble | None = None
+        self._source = ""
         self.migrating = 0
         self.troubled = False
-        self.tried = False
 
     def wants_standby(self, now: int, *, quic: bool) -> bool:
         """Tells whether a QUIC connection is to be made beside the active one; loads QUIC once the session is settled.
@@ -63,11 +74,11 @@ class Mover:
         `quic` says that the active one goes over QUIC already.
         """
         ways = self._endpoint.ways
-        if not ways.targets or self._machine.active is None or self.troubled or quic:
+        if not ways.wanted or self._machine.active is None or self.troubled or quic:
             self._settled = 0
             return False
         self._settled = self._settled or now
-        if now - self._settled < (0 if ways.works else _SETTLED) or now < ways.retry_at:
+        if now - self._settled < _SETTLED or now < ways.retry_at:
             return False
         ways.load()
         return ways.channel is not None
@@ -93,14 +104,18 @@ class Mover:
         self._began = now
         self._machine.suspect(now, _MOVING)
 
-    def opened(self, now: int, *, quic: bool) -> None:
-        """Notes which way carries the session after a race."""
-        self._endpoint.ways.won(quic=quic, tried=self.tried, now=now)
-        self.tried = False
+    def opened(self, now: int, *, quic: bool, source: str) -> None:
+        """Notes which way carries the session after a race, and from which address of ours."""
+        ways = self._endpoint.ways
+        ways.won(quic=quic, now=now)
+        ways.moves = ways.moves or self._source not in ("", source)
+        self._source = source
 
     def passes(self, event: Event) -> bool:
         """Tells whether the user gets an event now: that a move has begun is no news."""
-        if isinstance(event, Trouble):
+        if isinstance(event, Opened):
+            self._endpoint.ways.learn(event.accept.quic)
+        elif isinstance(event, Trouble):
             self.troubled = event.since is not None
             if event.since is None:
                 self._moving = False
@@ -138,23 +153,41 @@ class Mover:
             return ""
         channel.watch(_PROBE_MS)
         if channel.waiting_ms(now) >= max(_STUCK_MS, 3 * channel.rtt_ms):
-            self._endpoint.ways.remember(False, now)
-            return "the network does not acknowledge"
+            self._endpoint.ways.doubt()
+            return _SILENT
         return ""
+
+    def silent(self, number: int, sock: socket.socket, now: int) -> str:
+        """Returns why the active connection over TCP is suspect, or ""."""
+        if self._acks_of != number:
+            self._acks_of = number
+            self._acks = AckWatch()
+        return _SILENT if self._acks.waiting_ms(tcp_state(sock), now) >= _STUCK_MS else ""
 
 
 class _Channel:
     """One socket on its way to, or at, the node."""
 
-    __slots__ = ("fd", "number", "out", "shaking", "sock", "waiting")
+    __slots__ = ("fd", "number", "out", "shaking", "sock", "tls", "waiting")
 
     def __init__(self, number: int, sock: socket.socket) -> None:
         self.number = number
         self.sock = sock
+        self.tls: TlsSocket | None = None
         self.fd = sock.fileno()
         self.waiting = True  # for connect(2) to finish
         self.shaking = False
         self.out: list[bytes] = []
+
+    @property
+    def more(self) -> bool:
+        """Whether there may be more to read although poll(2) does not say so."""
+        return self.tls is not None and self.tls.more
+
+    @property
+    def events(self) -> int:
+        """What to poll for."""
+        return _IN | _OUT if self.out or (self.tls is not None and self.tls.unsent) else _IN
 
 
 class PollDriver:
@@ -170,15 +203,14 @@ class PollDriver:
         self._poll = select.poll()
         self._channels: dict[int, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
+        self._unread: set[_Channel] = set()  # those with more to read
         self._watched: dict[int, Callable[[int], None]] = {}
-        self._turn = 0
         self._buffer = bytearray(_READ_BYTES)
         self._view = memoryview(self._buffer)
         self._addresses: AddressWatch | None = None
         self._sleep = SleepWatch()
-        self._acks = AckWatch()
-        self._acks_of = -1
         self._next_watch = 0
+        self._dialling = Dialling(machine, endpoint)
         self._mover = Mover(machine, endpoint)
         self._quics: dict[int, QuicChannel] = {}
         self._quic_fds: dict[int, int] = {}  # descriptors and the numbers of their connections
@@ -221,7 +253,14 @@ class PollDriver:
         if active != self._last_active:
             self._last_active = active
             if active is not None:
-                self._mover.opened(time.monotonic_ns(), quic=active in self._quics)
+                self._mover.opened(time.monotonic_ns(), quic=active in self._quics, source=self._source(active))
+
+    def _source(self, number: int) -> str:
+        """Returns our own address of a connection, "" for one inside of this machine."""
+        if number in self._quics:
+            return self._quics[number].source
+        sock = self._numbers[number].sock
+        return "" if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
 
     def _send_all(self) -> None:
         for number, parts in self.machine.data_to_send():
@@ -247,16 +286,19 @@ class PollDriver:
             timer = quic.next_timeout()
             if timer is not None and (due is None or timer < due):
                 due = timer
-        wait = None if due is None else max(0, -((now - due) // MILLISECOND))
+        unread, self._unread = self._unread, set()
+        wait = 0 if unread else None if due is None else max(0, -((now - due) // MILLISECOND))
         ready = self._poll.poll(wait)
+        for channel in unread:
+            self._receive(channel)
         for fd, events in ready:
             callback = self._watched.get(fd)
             if callback is not None:
                 callback(events)
             else:
-                channel = self._channels.get(fd)
-                if channel is not None:
-                    self._ready(channel, events)
+                found = self._channels.get(fd)
+                if found is not None:
+                    self._ready(found, events)
                 elif fd in self._quic_fds:
                     self._quic_ready(self._quic_fds[fd], events)
         # What came goes on its way first: a key and its echo wait for this.
@@ -294,11 +336,9 @@ class PollDriver:
         channel = self._numbers.get(number) if number is not None else None
         if channel is None or channel.sock.family == socket.AF_UNIX:
             return
-        if self._acks_of != channel.number:
-            self._acks_of = channel.number
-            self._acks = AckWatch()
-        if self._acks.waiting_ms(tcp_state(channel.sock), now) >= _STUCK_MS:
-            self.machine.suspect(now, "the network does not acknowledge")
+        reason = self._mover.silent(channel.number, channel.sock, now)
+        if reason:
+            self.machine.suspect(now, reason)
 
     def _look_for_quic(self, now: int, active: QuicChannel | None) -> None:
         """Begins a QUIC connection beside one over TCP, and gives it up if it takes too long."""
@@ -344,7 +384,6 @@ class PollDriver:
             quic = make(family, address, ways.ca)
         except OSError:
             return False
-        self._mover.tried |= number != STANDBY
         self._quics[number] = quic
         self._register(number, quic)
         self._tend(number, quic)
@@ -413,25 +452,11 @@ class PollDriver:
             self._dial_tcp(number)
 
     def _dial_tcp(self, number: int) -> None:
-        addresses = self.endpoint.addresses
-        family, address = addresses[self._turn % len(addresses)]
-        self._turn += 1
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        if family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        code = sock.connect_ex(address)
-        if code not in (0, errno.EINPROGRESS, errno.EAGAIN):
-            sock.close()
-            self.machine.dial_failed(number, time.monotonic_ns(), refused=True, reason=self._unreachable(code))
-            return
-        channel = _Channel(number, sock)
-        self._channels[channel.fd] = self._numbers[number] = channel
-        self._poll.register(channel.fd, _OUT)
-        if code == 0:
-            self._connected(channel)
-
-    def _unreachable(self, code: int) -> str:
-        return f"The node at {self.endpoint.name} cannot be reached: {os.strerror(code)}."
+        sock = self._dialling.begin(number)
+        if sock is not None:
+            channel = _Channel(number, sock)
+            self._channels[channel.fd] = self._numbers[number] = channel
+            self._poll.register(channel.fd, _OUT)
 
     def _drop(self, number: int) -> None:
         quic = self._quics.get(number)
@@ -456,7 +481,10 @@ class PollDriver:
 
     def _ready(self, channel: _Channel, events: int) -> None:
         if channel.waiting:
-            self._finish_connect(channel)
+            if self._dialling.connected(channel.number, channel.sock):
+                self._connected(channel)
+            else:
+                self._close(channel)
         elif channel.shaking:
             self._shake(channel)
         else:
@@ -465,90 +493,83 @@ class PollDriver:
             if events & (_IN | _ANY_ERROR):
                 self._receive(channel)
 
-    def _finish_connect(self, channel: _Channel) -> None:
-        code = channel.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            again = code == errno.ECONNRESET
-            self._failed(channel, refused=True, again=again, reason=self._unreachable(code))
-        else:
-            self._connected(channel)
-
     def _connected(self, channel: _Channel) -> None:
         channel.waiting = False
         context = self.endpoint.context
         if context is None:
             self._open(channel)
             return
-        del self._channels[channel.fd]
-        self._poll.unregister(channel.fd)
-        channel.sock = context.wrap_socket(channel.sock, do_handshake_on_connect=False)
-        channel.fd = channel.sock.fileno()
-        self._channels[channel.fd] = channel
-        self._poll.register(channel.fd, _IN)
+        channel.tls = TlsSocket(channel.sock, context, piece=_PIECE_BYTES)
         channel.shaking = True
         self.machine.connected(channel.number, time.monotonic_ns())
         self._shake(channel)
 
     def _shake(self, channel: _Channel) -> None:
-        assert isinstance(channel.sock, ssl.SSLSocket)
+        assert channel.tls is not None
         try:
-            channel.sock.do_handshake()
-        except ssl.SSLWantReadError:
-            self._poll.modify(channel.fd, _IN)
-        except ssl.SSLWantWriteError:
-            self._poll.modify(channel.fd, _OUT)
+            channel.tls.do_handshake()
+        except _AGAIN:
+            self._poll.modify(channel.fd, channel.events)
         except ssl.SSLCertVerificationError:
             text = f"The node at {self.endpoint.name} is not the one known there: its certificate is another's."
-            self._failed(channel, refused=True, reason=text)
+            self._failed(channel, reason=text)
         except OSError as error:
             # The network may have ended it; what the other side does not speak or want stays so.
             again = isinstance(error, (ssl.SSLEOFError, ConnectionError))
-            self._failed(channel, refused=True, again=again, reason=str(unreachable(self.endpoint.name, error)))
+            self._failed(channel, again=again, reason=str(unreachable(self.endpoint.name, error)))
         else:
             channel.shaking = False
             self._open(channel)
 
     def _open(self, channel: _Channel) -> None:
-        self._poll.modify(channel.fd, _IN)
+        self._poll.modify(channel.fd, channel.events)
         self.machine.established(channel.number, time.monotonic_ns())
+        if channel.more:
+            self._unread.add(channel)
 
-    def _failed(self, channel: _Channel, *, refused: bool, reason: str, again: bool = False) -> None:
+    def _failed(self, channel: _Channel, *, reason: str, again: bool = False) -> None:
         self._close(channel)
-        self.machine.dial_failed(channel.number, time.monotonic_ns(), refused=refused, again=again, reason=reason)
+        self.machine.dial_failed(channel.number, time.monotonic_ns(), refused=True, again=again, reason=reason)
 
     def _send(self, channel: _Channel) -> None:
-        if not channel.out:
-            return
+        sock = channel.tls or channel.sock
         data = memoryview(channel.out[0] if len(channel.out) == 1 else b"".join(channel.out))
         try:
             while data:
-                data = data[channel.sock.send(data) :]
+                data = data[sock.send(data) :]
+            if channel.tls is not None:
+                channel.tls.flush()
         except _AGAIN:
-            channel.out = [bytes(data)]
-            self._poll.modify(channel.fd, _IN | _OUT)
+            pass
         except OSError as error:
             self._lost(channel, error)
-        else:
-            channel.out = []
-            if channel.number in self._numbers:
-                self._poll.modify(channel.fd, _IN)
+            return
+        channel.out = [bytes(data)] if data else []
+        self._poll.modify(channel.fd, channel.events)
 
     def _receive(self, channel: _Channel) -> None:
-        sock, view, filled = channel.sock, self._view, 0
+        if channel.number not in self._numbers:
+            return
+        sock, view, filled = channel.tls or channel.sock, self._view, 0
         error: OSError | None = None
         try:
-            while filled < _READ_BYTES - _RECORD_BYTES:
+            for _ in range(_READS_MAX):
                 count = sock.recv_into(view[filled:])
                 if not count:
                     error = ConnectionResetError(errno.ECONNRESET, "the node closed the connection")
                     break
                 filled += count
-                if count < _RECORD_BYTES:
-                    break  # TLS gives one record at a time, whole, and holds none back
+                if filled > _READ_BYTES - _RECORD_BYTES or (count < _RECORD_BYTES and not channel.more):
+                    break
         except _AGAIN:
             pass
         except OSError as found:
             error = found
+        if channel.tls is not None:
+            if channel.tls.more and error is None:
+                self._unread.add(channel)
+            if channel.tls.unsent:
+                self._poll.modify(channel.fd, channel.events)
         if filled:
             self.machine.receive(channel.number, view[:filled], time.monotonic_ns())
         if error is not None:

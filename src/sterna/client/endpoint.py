@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sterna import paths
+from sterna.client.line import Line
 from sterna.errors import ConnectionLostError, SternaError, TrustError, UsageError
 from sterna.ids import NodeId, SessionUid
 from sterna.trust.fingerprint import fingerprint
@@ -30,6 +31,7 @@ WAYS_FILE_MAX_BYTES = 512 * 1024
 _PROBE_SECONDS = 10.0
 _QUIC_MODULE = "sterna.transport.quic_client"
 _REST, _REST_MAX = 60 * SECOND, 3600 * SECOND
+_TCP_TRIES = 4
 
 Address = tuple[int, tuple[object, ...] | str]
 """A socket family and what connect(2) takes for it."""
@@ -63,29 +65,53 @@ class Endpoint:
 
 
 class Ways:
-    """Whether the next connection to a node goes over QUIC or TCP: QUIC first where it works, TCP close behind.
+    """Whether the next connection to a node goes over QUIC or TCP (docs/protocol.md, section 1).
 
-    The first connection goes over TCP until QUIC is imported, which takes longer than that, and known to work.
-    `targets` are the node's UDP addresses, none where QUIC is off; `ca` its own certificate. What was found is kept in
-    the file `path` under `key` for the next program. Times are monotonic nanoseconds.
+    A session stays with TCP, where a key costs less, until it is known that its client moves: then it goes over to
+    QUIC, and so do later ones. Where TCP does not get through, QUIC is tried beside it. QUIC is only imported for one
+    of these, because that takes longer than a connection.
+
+    `targets` are the node's UDP addresses, none where QUIC is off or its port not known yet; without a `port` it is
+    learnt from the node, as long as `addresses` says where that is. `ca` is the node's own certificate. What was found
+    is kept in the file `path` under `key` for the next program. Times are monotonic nanoseconds.
     """
 
     __slots__ = (
-        "_connected", "_key", "_loading", "_path", "_rest", "_tries", "_turn", "ca", "retry_at", "targets", "works",
+        "_addresses", "_connected", "_doubted", "_key", "_learns", "_loading", "_path", "_port", "_rest", "_tries",
+        "_turn", "ca", "moves", "retry_at", "targets", "works",
     )  # fmt: skip
 
-    def __init__(self, targets: list[Address] | None = None, ca: bytes = b"", *, path: str = "", key: str = "") -> None:
-        self.targets = targets or []
+    def __init__(
+        self, addresses: list[Address] | None = None, ca: bytes = b"", *, port: int = 0, path: str = "", key: str = ""
+    ) -> None:
+        self._addresses = addresses or []
+        self._learns = port == 0
+        self._port = 0
+        self.targets: list[Address] = []
         self.ca = ca
         self._path = path
         self._key = key
         self.works: bool | None = None
+        self.moves = port != 0
         self.retry_at = 0
         self._rest = _REST
         self._tries = self._turn = 0
-        self._loading = self._connected = False
-        if self.targets and path:
+        self._loading = self._connected = self._doubted = False
+        self._aim(port)
+        if path:
             self._recall()
+
+    def _aim(self, port: int) -> None:
+        self._port = port
+        places = [(family, address) for family, address in self._addresses if port and not isinstance(address, str)]
+        self.targets = [(family, (address[0], port, *address[2:])) for family, address in places]
+
+    def learn(self, port: int) -> None:
+        """Takes the node's word for its UDP port (0: none), unless the user named one."""
+        if self._learns and port != self._port and 0 <= port < 65_536:
+            self.works = None
+            self.retry_at = 0
+            self._aim(port)
 
     @property
     def channel(self) -> type[QuicChannel] | None:
@@ -93,6 +119,11 @@ class Ways:
         module = sys.modules.get(_QUIC_MODULE) if self.targets else None
         # While another thread imports it, the module is there without its content.
         return getattr(module, "QuicChannel", None)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a session that runs over TCP is to go over to QUIC: it moved, or the user named the port."""
+        return bool(self.targets) and (self.moves or self.works is True)
 
     @property
     def loading(self) -> bool:
@@ -122,22 +153,27 @@ class Ways:
     def over_quic(self) -> bool:
         """Tells whether the next attempt of a race goes over QUIC: each second one, the first where it may work.
 
-        Where nothing is known yet, no program starts later because of QUIC.
+        Until QUIC is imported, which begins when TCP has had its time, all of them go over TCP.
         """
-        if self.channel is None:
-            return False
         self._tries += 1
-        first = self.works or (self.works is None and self._connected)
+        if self.channel is None:
+            if self._tries >= _TCP_TRIES:
+                self.load()
+            return False
+        first = not self._doubted and (self.works or (self.works is None and self._connected))
         return self._tries % 2 == (1 if first else 0)
 
-    def won(self, *, quic: bool, tried: bool, now: int) -> None:
-        """Notes that a race is over: over QUIC, or over TCP although QUIC was `tried` before."""
+    def doubt(self) -> None:
+        """Has the coming race begin over TCP: QUIC gets no answer now."""
+        self._doubted = True
+
+    def won(self, *, quic: bool, now: int) -> None:
+        """Notes that a race is over; one that TCP has won says nothing about QUIC, as both may have been cut off."""
         self._tries = 0
         self._connected = True
+        self._doubted = False
         if quic:
             self.remember(True, now)
-        elif tried:
-            self.remember(False, now)
 
     def remember(self, works: bool, now: int) -> None:
         """Notes whether QUIC works; where it does not, it is tried again after a minute, later after an hour."""
@@ -162,11 +198,12 @@ class Ways:
         except (SternaError, UnicodeDecodeError):
             return  # it only saves time
         for line in lines:
-            key, _, word = line.partition(" ")
-            if key == self._key and word in ("quic", "tcp"):
+            key, word, port, *_ = (*line.split(" "), "", "")
+            known = int(port) if port.isdigit() and len(port) < 6 else 0
+            if key == self._key and word in ("quic", "tcp") and (self._learns or known == self._port):
+                self.learn(known)
                 self.works = word == "quic"
-                if not self.works:
-                    self.retry_at = time.monotonic_ns() + _REST
+                self.retry_at = 0 if self.works else time.monotonic_ns() + _REST
 
     def _keep(self, works: bool) -> None:
         if not self._path:
@@ -174,7 +211,7 @@ class Ways:
         try:
             content = (paths.read_private(self._path, WAYS_FILE_MAX_BYTES) or b"").decode("ascii", "replace")
             lines = [line for line in content.splitlines() if not line.startswith(self._key + " ")]
-            lines.append(f"{self._key} {'quic' if works else 'tcp'}")
+            lines.append(f"{self._key} {'quic' if works else 'tcp'} {self._port}")
             content = "".join(f"{line}\n" for line in lines[-WAYS_MAX:])
             paths.atomic_write(self._path, content.encode("ascii", "replace"))
         except (SternaError, OSError):
@@ -182,20 +219,14 @@ class Ways:
 
 
 def _ways(endpoint: Endpoint, pin: Pin, host: str, port: int, quic_port: int | None, state: str | None) -> Ways:
-    """Returns the ways to a node: QUIC on `quic_port`, else $STERNA_QUIC_PORT; 0 or neither: never."""
+    """Returns the ways to a node: QUIC on `quic_port`, else $STERNA_QUIC_PORT, else where the node says; 0: never."""
     if quic_port is None:
         named = os.environ.get("STERNA_QUIC_PORT", "")
         quic_port = int(named) if named.isdigit() and int(named) < 65_536 else None
-    targets: list[Address] = []
-    for family, address in endpoint.addresses:
-        # Only where it is asked for: a key, and an idle connection, cost more than over TCP.
-        found = quic_port or 0
-        if found and not pin.system:
-            targets.append((family, (address[0], found, *address[2:])))
-    if not targets:
+    if quic_port == 0 or pin.system:
         return Ways()
     path = os.path.join(client_state(state), WAYS_FILE)
-    return Ways(targets, pin.ca, path=path, key=_joined(host, port))
+    return Ways(endpoint.addresses, pin.ca, port=quic_port or 0, path=path, key=_joined(host, port))
 
 
 def state_of_node(state: str | None) -> str:
@@ -236,7 +267,8 @@ def find(
 
     A link names everything; `host` goes over TCP and TLS, with the local node's certificate and token if `state` holds
     that node; `port` alone means 127.0.0.1; none of them the node of this user on this machine, over its Unix socket.
-    `quic_port` is its UDP port (0: no QUIC; None: $STERNA_QUIC_PORT, else none). Raises SternaError with what to do.
+    `quic_port` is its UDP port (0: no QUIC; None: $STERNA_QUIC_PORT, else what the node says). Raises SternaError with
+    what to do.
     """
     if link is not None:
         return _by_link(parse_link(link), state, quic_port)
@@ -308,7 +340,7 @@ def meet(
     """
     name = _joined(host, port)
     with _handshake(addresses, name, probe_context()) as probe:
-        pin = judge(store, host, port, peer_of(probe, expected), expected)
+        pin = judge(store, host, port, peer_of(probe.tls, expected), expected)
     _handshake(addresses, name, pin.context()).close()
     if expected is None and (local is None or local.node_id != pin.node_id):
         notice(f"Trusting {name} on first use, fingerprint {fingerprint(pin.node_id)}.")
@@ -332,7 +364,7 @@ def stranger(endpoint: Endpoint) -> TrustError:
     host, port, path = endpoint.place
     try:
         with _handshake(endpoint.addresses, endpoint.name, probe_context()) as probe:
-            found = peer_of(probe).node_id
+            found = peer_of(probe.tls).node_id
     except (ConnectionLostError, TrustError):
         return TrustError(
             f"What listens at {endpoint.name} is not the node known there ({fingerprint(endpoint.node_id)}), nor any "
@@ -346,21 +378,16 @@ def stranger(endpoint: Endpoint) -> TrustError:
     return changed(host, port, endpoint.node_id, found, path)
 
 
-def _handshake(addresses: list[Address], name: str, context: ssl.SSLContext) -> ssl.SSLSocket:
+def _handshake(addresses: list[Address], name: str, context: ssl.SSLContext) -> Line:
     reason = ConnectionLostError(f"The node at {name} has no address.")
-    for family, address in addresses:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.settimeout(_PROBE_SECONDS)
+    for address in addresses:
         try:
-            sock.connect(address)
-            return context.wrap_socket(sock)
+            return Line(address, context, time.monotonic() + _PROBE_SECONDS)
         except ssl.SSLCertVerificationError:
-            sock.close()
             raise TrustError(
                 f"The node at {name} does not hold the key of its own certificate; do not go on."
             ) from None
         except OSError as error:
-            sock.close()
             reason = unreachable(name, error)
     raise reason
 

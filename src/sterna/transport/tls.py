@@ -23,14 +23,18 @@ _HANDSHAKE_STEPS = 4
 class TlsSocket:
     """A TLS connection over a connected, non-blocking socket, with the methods of `ssl.SSLSocket` that a pump needs.
 
-    After `recv_into` had nothing more to give, all that was read from the socket is used up: it may be polled again.
+    `piece` is how many bytes are read from the socket at once; more cost less time, and their memory for ever. After
+    `recv_into` had nothing more to give, all that was read from the socket is used up: it may be polled again.
     `unsent` says that bytes wait for the socket to take them; `flush` sends them.
     """
 
-    __slots__ = ("_barren", "_in", "_out", "_tls", "_unsent", "raw")
+    __slots__ = ("_barren", "_in", "_out", "_piece", "_tls", "_unsent", "raw")
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool = False) -> None:
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool = False, piece: int = PIECE_BYTES
+    ) -> None:
         self.raw = sock
+        self._piece = piece
         self._in = ssl.MemoryBIO()
         self._out = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_side=server_side)
@@ -84,7 +88,8 @@ class TlsSocket:
 
         BlockingIOError when there is none now, ConnectionAbortedError when the peer sends records without any.
         """
-        for piece in (False, True):
+        # Where nothing was left, OpenSSL need not say so: its exception costs as much as a small record.
+        for piece in (False, True) if self._in.pending or self._tls.pending() else (True,):
             if piece and not self._fill(barren=True):
                 return 0
             try:
@@ -103,7 +108,7 @@ class TlsSocket:
 
     def _fill(self, *, barren: bool = False) -> bool:
         """Reads one piece from the socket for OpenSSL; False at the end."""
-        data = self.raw.recv(PIECE_BYTES)
+        data = self.raw.recv(self._piece)
         if not data:
             if barren:
                 return False
