@@ -10,6 +10,7 @@ export {
   TrustError,
   UsageError,
 } from "./errors.js";
+export type { Caller } from "./caller.js";
 export { type DeviceKey, type DeviceStorage, MemoryStorage } from "./device.js";
 export { fingerprint, parseLink, parseNodeId, type ParsedLink } from "./links.js";
 export type { Place, Platform } from "./platform.js";

@@ -25,6 +25,7 @@ export const CALL_MS = 10_000;
 export const CALL_IDLE_MS = 20_000;
 
 export const SNAPSHOT_MAX_BYTES = 8 * 1024 * 1024;
+export const SNAPSHOT_PART_BYTES = 60_000;
 export const DECOMPRESSED_MAX_BYTES = 32 * 1024 * 1024;
 export const TEXT_SHOWN_MAX_CHARS = 4_096;
 export const VALUE_DEPTH_MAX = 32;

@@ -8,7 +8,14 @@
 import { concat, u64 } from "./bytes.js";
 import { Code, ProtocolError, RefusedError, SternaError } from "./errors.js";
 import { type Frame, Type } from "./frame.js";
-import { ANSWER_MS, HANDSHAKE_MS, RACE_EVERY_MS, RACE_OPEN_MAX, SNAPSHOT_MAX_BYTES } from "./limits.js";
+import {
+  ANSWER_MS,
+  HANDSHAKE_MS,
+  RACE_EVERY_MS,
+  RACE_OPEN_MAX,
+  SNAPSHOT_MAX_BYTES,
+  SNAPSHOT_PART_BYTES,
+} from "./limits.js";
 import { Link } from "./link.js";
 import {
   Accept,
@@ -46,6 +53,7 @@ const FATAL: ReadonlySet<number> = new Set([
   Code.MOVED,
 ]);
 const FATAL_AT_FIRST: ReadonlySet<number> = new Set([Code.STORAGE, Code.RATE_LIMITED]);
+const PARTS_MAX = Math.floor(SNAPSHOT_MAX_BYTES / SNAPSHOT_PART_BYTES) + 1;
 
 /** What the driver shall do with connections. */
 export type Action =
@@ -136,6 +144,8 @@ export class ClientMachine {
   epoch = 1n;
   readonly input = new SendStream();
   readonly intake = new Intake();
+  /** Output before it is history: it was sent before the connection was made, and nobody waits for answers to it. */
+  replayUntil = 0;
   private cols: number;
   private rows: number;
   private readonly request: Uint8Array;
@@ -148,6 +158,8 @@ export class ClientMachine {
   private readonly events: MachineEvent[] = [];
   private parts: Uint8Array[] = [];
   private partsBytes = 0;
+  private missed: Lost | null = null; // what the picture that comes stands for
+  private nextLog = 0n; // the node's; ours is another one until we know where we are in it
   private suspected = 0;
   private leaving = false;
   private closing = false;
@@ -650,8 +662,9 @@ export class ClientMachine {
   private accepted(connection: Connection, accept: Accept, now: number): void {
     if (accept.uid.length !== 16) throw new ProtocolError(Code.BAD_PAYLOAD, "a session's uid has 16 bytes");
     this.uid = accept.uid;
-    this.log = accept.log;
+    this.log = this.nextLog = accept.log;
     this.epoch = accept.epoch;
+    this.replayUntil = accept.head;
     this.intake.skip(accept.output);
     this.takeOver(connection, now);
     this.events.push({ type: "opened", accept });
@@ -664,9 +677,10 @@ export class ClientMachine {
     const { next } = this.intake;
     const ahead = resumed.log === this.log && resumed.output <= next && next <= resumed.head;
     this.epoch = resumed.epoch;
-    this.log = resumed.log;
-    if (!ahead && resumed.lost !== null && !resumed.snapshot) this.gap(resumed.lost, resumed.output);
-    else if (!ahead) this.intake.skip(resumed.output);
+    this.nextLog = resumed.log;
+    this.replayUntil = resumed.head;
+    // Until a picture that is promised is there, what it stands for may have to be asked for, and named, again.
+    if (!ahead && !resumed.snapshot) this.goOn(resumed.lost, resumed.output);
     this.intake.told(this.intake.handled);
     const { input } = this;
     if (resumed.input === null) {
@@ -681,8 +695,13 @@ export class ClientMachine {
     this.sendInput(now);
   }
 
-  private gap(lost: Lost, position: number): void {
-    this.events.push({ type: "gap", start: lost.start, end: lost.end });
+  /** Moves to `position` of the node's log; what an earlier connection brought meanwhile is not lost. */
+  private goOn(lost: Lost | null, position: number): void {
+    if (lost !== null) {
+      const got = this.log === this.nextLog ? this.intake.next : 0;
+      this.events.push({ type: "gap", start: Math.min(Math.max(lost.start, got), lost.end), end: lost.end });
+    }
+    this.log = this.nextLog;
     this.intake.skip(position);
   }
 
@@ -691,15 +710,17 @@ export class ClientMachine {
     if (part.part === 0) {
       this.parts = [];
       this.partsBytes = 0;
-      if (part.lost !== null) this.events.push({ type: "gap", start: part.lost.start, end: part.lost.end });
+      this.missed = part.lost;
     }
     this.parts.push(part.data);
     this.partsBytes += part.data.length;
-    if (this.partsBytes > SNAPSHOT_MAX_BYTES) throw new ProtocolError(Code.TOO_LARGE, "a snapshot is too large");
+    if (this.partsBytes > SNAPSHOT_MAX_BYTES || this.parts.length > PARTS_MAX) {
+      throw new ProtocolError(Code.TOO_LARGE, "a snapshot is too large, or has too many parts");
+    }
     if (!part.last) return;
     const data = concat(this.parts);
     this.parts = [];
-    this.intake.skip(part.position);
+    this.goOn(this.missed, part.position);
     if (data.length) this.events.push({ type: "screen", data, position: part.position, zstd: part.zstd });
   }
 
@@ -758,7 +779,7 @@ export class ClientMachine {
     const connection = this.active;
     if (connection === null) return;
     const position = this.intake.acknowledgement(now, joining);
-    if (position !== null) connection.link.send(Type.ACK, connection.handle, position, u64(position));
+    if (position !== null && this.log === this.nextLog) connection.link.send(Type.ACK, connection.handle, position, u64(position));
   }
 }
 

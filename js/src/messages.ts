@@ -181,6 +181,7 @@ export const Accept = shape("Accept", {
   mode,
   state: optional(str, "active"),
   head: optional(position, 0),
+  quic: optional(int, 0),
 });
 export const Lost = shape("Lost", { start: position, end: position });
 export const Resumed = shape("Resumed", {

@@ -73,8 +73,11 @@ export interface SessionEvents {
       head: number;
     },
   ];
-  /** Output, and its position. What a handler returns is awaited; only then is the output acknowledged. */
-  data: [data: Uint8Array, position: number];
+  /**
+   * Output, its position, and whether it is history, whose questions no terminal answers any more. What a handler
+   * returns is awaited; only then is the output acknowledged.
+   */
+  data: [data: Uint8Array, position: number, replayed: boolean];
   /** Replaces the screen: what repaints it as it is at this output position. */
   snapshot: [data: Uint8Array, position: number];
   /** Output that will never come. */
@@ -92,7 +95,7 @@ export interface SessionEvents {
 type Handler<K extends keyof SessionEvents> = (...args: SessionEvents[K]) => unknown;
 type AnyHandler = (...args: unknown[]) => unknown;
 type Ordered =
-  | { type: "data"; data: Uint8Array; end: number }
+  | { type: "data"; data: Uint8Array; end: number; replayed: boolean }
   | { type: "snapshot"; data: Uint8Array; end: number; zstd: boolean }
   | { type: "gap"; start: number; end: number }
   | { type: "end"; close: Close };
@@ -399,7 +402,12 @@ export class Session {
       case "opened":
         return this.open(event.accept);
       case "output":
-        return this.enqueue({ type: "data", data: event.data, end: event.end });
+        return this.enqueue({
+          type: "data",
+          data: event.data,
+          end: event.end,
+          replayed: event.end <= this.machine.replayUntil,
+        });
       case "screen":
         return this.enqueue({ type: "snapshot", data: event.data, end: event.position, zstd: event.zstd });
       case "gap":
@@ -483,7 +491,7 @@ export class Session {
   private give(item: Ordered): unknown[] {
     switch (item.type) {
       case "data":
-        return this.emit("data", item.data, item.end - item.data.length);
+        return this.emit("data", item.data, item.end - item.data.length, item.replayed);
       case "snapshot":
         return this.emit("snapshot", item.zstd ? decompress(item.data) : item.data, item.end);
       case "gap":
@@ -520,18 +528,36 @@ function asSternaError(error: unknown): SternaError {
 
 /** Connects to a session; resolves once it is there. Throws (rejects with) a SternaError that says what to do. */
 export async function connectWith(platform: Platform, options: ConnectOptions): Promise<Session> {
-  const where = options.platform ?? platform;
-  const parsed = options.url === undefined ? null : parseLink(options.url);
-  const place = placeOf(where, parsed, options);
-  const expected = parsed?.node ?? nodeOf(options.node);
-  const wish = wishOf(options, parsed, where);
-  const storage = typeof options.storage === "object" ? options.storage : await where.storage(options.storage);
-  const key = await storage.loadKey();
+  const { where, wish, storage, key, target } = await prepare(platform, options);
   const device = new Uint8Array(await digest(key.public));
-  const target = await where.find(place, expected, storage);
   const identity = { public: key.public, device, node: target.node, random };
   const machine = new ClientMachine(wish, identity, now(), target.pacing);
   return new Session(machine, target, key, storage, wish, where).start(options.abort);
+}
+
+/** Returns what asks a node questions without a session; it connects with the first one. Rejects as `connectWith`. */
+export async function callerWith(platform: Platform, options: ConnectOptions): Promise<Caller> {
+  const { wish, key, target } = await prepare(platform, options);
+  return new Caller(target, key, wish);
+}
+
+async function prepare(platform: Platform, options: ConnectOptions): Promise<Prepared> {
+  const where = options.platform ?? platform;
+  const parsed = options.url === undefined ? null : parseLink(options.url);
+  const place = placeOf(where, parsed, options);
+  const wish = wishOf(options, parsed, where);
+  const storage = typeof options.storage === "object" ? options.storage : await where.storage(options.storage);
+  const key = await storage.loadKey();
+  const target = await where.find(place, parsed?.node ?? nodeOf(options.node), storage);
+  return { where, wish, storage, key, target };
+}
+
+interface Prepared {
+  where: Platform;
+  wish: Wish;
+  storage: DeviceStorage;
+  key: DeviceKey;
+  target: Target;
 }
 
 async function digest(data: Bytes): Promise<ArrayBuffer> {

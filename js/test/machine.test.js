@@ -328,6 +328,49 @@ test("snapshots and gaps move our place in the output", () => {
   assert.deepEqual(rig.happened("screen"), []);
 });
 
+test("a snapshot has so many parts and bytes, and no more", () => {
+  const parts = Math.floor((8 * 1024 * 1024) / 60_000) + 1;
+  const give = (count, size) => {
+    const rig = new Rig();
+    const number = rig.accept({ snapshot: true });
+    for (let part = 0; part < count; part++) {
+      rig.send(number, Type.SNAPSHOT, 1, { position: 0, part, last: false, data: new Uint8Array(size) });
+    }
+    return [rig, number];
+  };
+  for (const [count, size] of [
+    [parts + 1, 0],
+    [parts, 60_000],
+  ]) {
+    const [rig] = give(count, size);
+    assert.ok(!rig.machine.connected);
+    assert.match(rig.happened("trouble").at(-1).reason, /too large, or has too many parts/);
+  }
+  const [rig, number] = give(parts - 1, 60_000);
+  rig.send(number, Type.SNAPSHOT, 1, { position: 0, part: parts - 1, last: true, data: new Uint8Array(0) });
+  assert.equal(rig.happened("screen")[0].data.length, (parts - 1) * 60_000);
+  assert.ok(rig.machine.connected);
+});
+
+test("what a promised picture stands for is named once, and asked for again if it does not come", () => {
+  for (const log of [7n, 8n]) {
+    const rig = new Rig();
+    const number = rig.accept();
+    rig.send(number, Type.DATA, 1, bytes("0123456789"), 0);
+    const next = rig.again(number);
+    rig.resumed(next, { output: 50, log, lost: { start: 4, end: 50 }, snapshot: true, head: 80 });
+    rig.send(next, Type.SNAPSHOT, 1, { position: 80, last: false, data: bytes("pic"), lost: { start: 4, end: 80 } });
+    assert.deepEqual(rig.happened("gap"), []);
+    assert.equal(rig.machine.intake.next, 10);
+    const last = rig.again(next);
+    assert.equal(rig.machine.log, 7n);
+    rig.resumed(last, { output: 60, log, lost: { start: 4, end: 60 }, snapshot: true, head: 90 });
+    rig.send(last, Type.SNAPSHOT, 1, { position: 90, data: bytes("picture"), lost: { start: 4, end: 90 } });
+    assert.deepEqual(rig.happened("gap"), [{ type: "gap", start: log === 7n ? 10 : 4, end: 90 }]);
+    assert.deepEqual([rig.machine.intake.next, rig.machine.log], [90, log]);
+  }
+});
+
 test("output that the old connection brought after RESUME was sent is neither lost nor twice", () => {
   const rig = new Rig();
   const number = rig.accept();

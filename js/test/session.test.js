@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
-import { connectWith } from "../dist/session.js";
+import { callerWith, connectWith } from "../dist/session.js";
 import { MemoryStorage } from "../dist/node.js";
 import { Decoder, encodeFrame, messages, pack, Type } from "../dist/protocol.js";
 
@@ -73,7 +73,13 @@ class Stage {
       });
     } else if (frame.type === Type.RESUME) {
       this.back = messages.parse(messages.ResumeBody, signed);
-      wire.say(Type.RESUMED, 1, { epoch: 1, log: 7n, output: this.back.output, input: 0, head: this.back.output });
+      wire.say(Type.RESUMED, 1, {
+        epoch: 1,
+        log: 7n,
+        output: this.back.output,
+        input: 0,
+        head: this.head ?? this.back.output,
+      });
     } else if (frame.type === Type.CALL) {
       const { id, method } = messages.parse(messages.Call, frame.payload);
       wire.say(
@@ -124,6 +130,43 @@ test("what comes before the handlers is kept for them, and acknowledged only whe
   await session.suspend();
   assert.equal(session.state, "suspended");
   assert.equal(stage.watched, 0);
+});
+
+test("output before the head is history, after a resume, too", async () => {
+  const stage = new Stage();
+  stage.accept = { head: 4 };
+  const session = await stage.connect();
+  const seen = [];
+  session.on("data", (data, position, replayed) => seen.push([position, replayed]));
+  const [wire] = stage.wires;
+  wire.say(Type.DATA, 1, bytes("abcd"), 0);
+  wire.say(Type.DATA, 1, bytes("ef"), 4);
+  await soon();
+  stage.head = 8;
+  wire.hears.ended("gone");
+  await soon();
+  await soon();
+  const again = stage.wires.find((one) => one.frames.some(({ type }) => type === Type.RESUME));
+  again.say(Type.DATA, 1, bytes("gh"), 6);
+  again.say(Type.DATA, 1, bytes("i"), 8);
+  await soon();
+  assert.deepEqual(seen, [
+    [0, true],
+    [4, false],
+    [6, true],
+    [8, false],
+  ]);
+  await session.suspend();
+});
+
+test("questions are asked without a session", async () => {
+  const stage = new Stage();
+  const caller = await callerWith(stage, { host: "h", token: "t" });
+  assert.deepEqual(await caller.call("list", {}), { method: "list" });
+  assert.equal(stage.asked.want, "call");
+  await assert.rejects(caller.call("bad", {}), /no/);
+  caller.close();
+  assert.equal(stage.wires[0].closed, true);
 });
 
 test("snapshot, gap, data and end come in the order they were sent", async () => {

@@ -1,7 +1,11 @@
-"""The files of the page: read once from the package, with exact types and what browsers may keep of them."""
+"""The files of the page: read once from the package, with exact types and what browsers may keep of them.
+
+They are compressed, too, once: nothing of a visitor or a session is in them, so their length tells nobody anything.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import re
@@ -23,6 +27,9 @@ TYPES = {
 }
 """By a file name's end; others are not served."""
 
+_PACKED_ALREADY = (".ico", ".png", ".woff2")
+_GZIP_LEVEL = 6
+
 STATIC = os.path.join(os.path.dirname(__file__), "static")
 _INDEX = "index.html"
 _KEPT = "public, max-age=31536000, immutable"
@@ -32,15 +39,31 @@ _HASHED = re.compile(r".*[.-](?:[0-9a-f]{8,64}|[0-9A-Z]{8})(?:\.[a-z0-9]+)+\Z")
 
 
 class Page:
-    """One file as it is sent: its bytes, type, ETag, and Cache-Control."""
+    """One file as it is sent: as it is, and `packed` with gzip (None where that saves nothing)."""
 
-    __slots__ = ("cache", "content", "etag", "type")
+    __slots__ = ("_tag", "cache", "content", "packed", "type")
 
     def __init__(self, name: str, content: bytes) -> None:
+        end = os.path.splitext(name)[1]
+        packed = gzip.compress(content, _GZIP_LEVEL, mtime=0) if end not in _PACKED_ALREADY else content
         self.content = content
-        self.type = TYPES[os.path.splitext(name)[1]]
-        self.etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        self.packed = packed if len(packed) < len(content) else None
+        self.type = TYPES[end]
+        self._tag = hashlib.sha256(content).hexdigest()[:32]
         self.cache = _KEPT if _HASHED.match(name) else _ASKED_AGAIN
+
+    def etag(self, *, packed: bool) -> str:
+        """Returns the ETag of either form: different ones, as their bytes are (RFC 9110, section 8.8.3.3)."""
+        return f'"{self._tag}-gzip"' if packed else f'"{self._tag}"'
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Tells whether an Accept-Encoding header takes gzip (RFC 9110, section 12.5.3)."""
+    found: dict[str, bool] = {}
+    for item in accepted.lower().split(","):
+        coding, _, weight = item.partition(";")
+        found[coding.strip()] = re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight) is None
+    return found.get("gzip", found.get("*", False))
 
 
 def load(directory: str = STATIC) -> dict[str, Page]:

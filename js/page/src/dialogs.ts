@@ -1,0 +1,121 @@
+/** Questions to the user, in the page's own dialogs: every text is text. */
+
+import { button, type Child, el } from "./dom.js";
+import { pasteRisk, visible, withoutControls } from "./input.js";
+
+const SHOWN_MAX_CHARS = 4_000;
+
+interface Answer<T> {
+  label: string;
+  value: T;
+  primary?: boolean;
+  danger?: boolean;
+}
+
+/** Shows a dialog; resolves with the answer chosen, or null when it was left. */
+export function ask<T>(
+  id: string,
+  title: string,
+  content: Child[],
+  answers: Answer<T>[],
+  away = "Cancel",
+): Promise<T | null> {
+  return new Promise((resolve) => {
+    let chosen: T | null = null;
+    const heading = el("h2", { id: `${id}-title` }, title);
+    const row = el("div", { class: "answers" });
+    const dialog = el(
+      "dialog",
+      { id, class: "dialog", "aria-labelledby": `${id}-title` },
+      el("form", { method: "dialog" }, heading, ...content, row),
+    );
+    const choose = (value: T | null): void => {
+      chosen = value;
+      dialog.close();
+    };
+    row.append(button({ class: "plain", "data-answer": "cancel" }, away, () => choose(null)));
+    for (const { label, value, primary, danger } of answers) {
+      const kind = danger ? "danger" : primary ? "primary" : "plain";
+      const attributes = { class: kind, "data-answer": "yes", type: primary ? "submit" : "button" };
+      row.append(button(attributes, label, () => choose(value)));
+    }
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(chosen);
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+    // What cannot be undone is never one key away.
+    const first = ["input[type=text]", ".primary", ".plain"].map((one) => dialog.querySelector<HTMLElement>(one));
+    first.find((one) => one !== null)?.focus();
+  });
+}
+
+/** Asks before something that cannot be undone. */
+export async function confirmed(title: string, text: string, label: string): Promise<boolean> {
+  return (await ask("confirm", title, [el("p", {}, text)], [{ label, value: true, danger: true }])) === true;
+}
+
+/** Asks for a line of text; resolves with it, or null. */
+export async function asked(title: string, label: string, value: string): Promise<string | null> {
+  const field = el("input", {
+    type: "text",
+    id: "asked",
+    value,
+    maxlength: 64,
+    autocomplete: "off",
+    spellcheck: "false",
+  });
+  const content = [el("label", { for: "asked" }, label), field];
+  const done = await ask("ask", title, content, [{ label: "Save", value: true, primary: true }]);
+  return done ? field.value.trim() : null;
+}
+
+/** What a user decided about a paste: the text to paste, and whether to ask again. */
+export interface PasteAnswer {
+  text: string;
+  always: boolean;
+}
+
+/** Returns what is to be pasted after a question, if it deserves one; null: nothing. */
+export async function guardedPaste(text: string, trusting: boolean): Promise<PasteAnswer | null> {
+  const risk = pasteRisk(text);
+  if (risk === null || (trusting && !risk.controls)) return { text, always: trusting };
+  const always = el("input", { type: "checkbox", id: "paste-always" });
+  const shown = visible(text);
+  const cut = shown.length > SHOWN_MAX_CHARS;
+  const pre = el("pre", { id: "paste-text", tabindex: 0 }, cut ? `${shown.slice(0, SHOWN_MAX_CHARS)}\n…` : shown);
+  const what = risk.controls
+    ? "Paste control characters?"
+    : risk.lines > 1
+      ? `Paste ${risk.lines} lines?`
+      : "Paste a whole line?";
+  const why = risk.controls
+    ? "It contains control characters, which a program may take for keys."
+    : "A line may be run as a command as soon as it is pasted.";
+  const content: Child[] = [el("p", {}, why), pre];
+  if (!risk.controls) content.push(el("label", { class: "check" }, always, " Do not ask again in this tab"));
+  const answers = risk.controls
+    ? [
+        { label: "Paste as it is", value: "raw", danger: true },
+        { label: "Paste without them", value: "clean", primary: true },
+      ]
+    : [{ label: "Paste", value: "raw", primary: true }];
+  const answer = await ask("paste", what, content, answers);
+  if (answer === null) return null;
+  return { text: answer === "clean" ? withoutControls(text) : text, always: always.checked };
+}
+
+/** Shows text that can be selected and copied where the terminal itself cannot be (touch screens, screen readers). */
+export async function showText(text: string): Promise<void> {
+  const pre = el("pre", { id: "as-text", tabindex: 0 }, text);
+  const shown = ask(
+    "text",
+    "Text of the terminal",
+    [pre],
+    [{ label: "Copy all", value: true, primary: true }],
+    "Close",
+  );
+  pre.scrollTop = pre.scrollHeight;
+  if (await shown) await navigator.clipboard?.writeText(text).catch(() => undefined);
+}

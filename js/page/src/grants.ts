@@ -1,0 +1,68 @@
+/** What lets this browser in: tickets of share links, each bound to this browser's device key once it was used. */
+
+import { toBase64Url, toHex } from "../../src/bytes.js";
+import { UsageError } from "../../src/errors.js";
+import { type ParsedLink, parseLink } from "../../src/links.js";
+
+export type Mode = "drive" | "watch";
+
+/** One ticket and what it is for. */
+export interface Grant {
+  id: string;
+  /** The node's id in hexadecimal. */
+  node: string;
+  ticket: string;
+  /** The session's uid in hexadecimal; null: all sessions that the ticket allows. */
+  session: string | null;
+  agent: string | null;
+  mode: Mode;
+  /** The session's name when it was last seen. */
+  name: string;
+  added: number;
+  /** What was known to work before a newer link replaced it. */
+  previous: string | null;
+}
+
+/** Returns what a fragment or link says; null where there is no ticket in it. Throws UsageError. */
+export function grantOf(link: ParsedLink, node: string | null, now: number): Grant | null {
+  if (link.ticket === null) return null;
+  const id = link.node === null ? node : toHex(link.node);
+  if (id === null) throw new UsageError("The link does not name its node, and the node does not answer: try it later.");
+  if (node !== null && node !== id)
+    throw new UsageError("This link is for another node than the one at this address: ask for a new one.");
+  const session = link.session === null ? null : toHex(link.session);
+  const mode = link.mode ?? "drive";
+  return {
+    id: [id.slice(0, 16), session ?? "*", link.agent ?? "", mode].join("/"),
+    node: id,
+    ticket: link.ticket,
+    session,
+    agent: link.agent,
+    mode,
+    name: "",
+    added: now,
+    previous: null,
+  };
+}
+
+/** Returns the link in a text that somebody pasted, whatever stands around it. Throws UsageError. */
+export function pastedLink(text: string): ParsedLink {
+  const found = /\b(?:https|sterna):\/\/\S+/.exec(text);
+  return parseLink((found === null ? text : found[0]).trim());
+}
+
+/** Returns the link of a page's own address with this fragment. Throws UsageError. */
+export function fragmentLink(host: string, fragment: string): ParsedLink {
+  return parseLink(`https://${host}/${fragment}`);
+}
+
+/** Returns the fragment that says what a link says, to open it at its own address. */
+export function fragmentOf(link: ParsedLink): string {
+  const fields: string[] = [];
+  if (link.ticket !== null) fields.push(`t=${link.ticket}`);
+  if (link.session !== null) fields.push(`s=${toBase64Url(link.session)}`);
+  if (link.agent !== null) fields.push(`a=${link.agent}`);
+  if (link.mode !== null) fields.push(`m=${link.mode}`);
+  if (link.node !== null) fields.push(`n=${toBase64Url(link.node)}`);
+  return `#${fields.join("&")}`;
+}

@@ -1,0 +1,144 @@
+/** What this browser keeps: tickets and open sessions (IndexedDB), a tab's sessions (sessionStorage), settings. */
+
+import type { Grant, Mode } from "./grants.js";
+
+/** One open session, as it is kept to be opened again. */
+export interface Opened {
+  grant: string;
+  session: string;
+  name: string;
+  mode: Mode;
+}
+
+export interface OpenedTabs {
+  tabs: Opened[];
+  active: string | null;
+}
+
+const DATABASE = "sterna-page";
+const TABS = "sterna.tabs";
+const TABS_MAX = 32;
+
+/** Grants by id. Where the browser keeps nothing, they last as long as the page. */
+export class Store {
+  readonly grants = new Map<string, Grant>();
+  private database: IDBDatabase | null = null;
+
+  async load(): Promise<void> {
+    try {
+      this.database = await open();
+      const all = await done<Grant[]>(this.database.transaction("grants").objectStore("grants").getAll());
+      for (const grant of all) this.grants.set(grant.id, grant);
+    } catch {
+      this.database = null;
+    }
+  }
+
+  keep(grant: Grant): void {
+    this.grants.set(grant.id, grant);
+    this.change("grants", (store) => store.put(grant));
+  }
+
+  forget(id: string): void {
+    this.grants.delete(id);
+    this.change("grants", (store) => store.delete(id));
+  }
+
+  /** Returns what was open in this tab, else what was open last anywhere. */
+  async opened(): Promise<OpenedTabs> {
+    try {
+      const own = sessionStorage.getItem(TABS);
+      if (own !== null) return checked(JSON.parse(own));
+      if (this.database === null) return { tabs: [], active: null };
+      return checked(await done(this.database.transaction("state").objectStore("state").get(TABS)));
+    } catch {
+      return { tabs: [], active: null };
+    }
+  }
+
+  keepOpened(opened: OpenedTabs): void {
+    try {
+      sessionStorage.setItem(TABS, JSON.stringify(opened));
+    } catch {
+      // Storage is full or forbidden: the tabs are forgotten with the page.
+    }
+    this.change("state", (store) => store.put(opened, TABS));
+  }
+
+  private change(name: "grants" | "state", what: (store: IDBObjectStore) => void): void {
+    try {
+      if (this.database !== null) what(this.database.transaction(name, "readwrite").objectStore(name));
+    } catch {
+      // As above.
+    }
+  }
+}
+
+function checked(value: unknown): OpenedTabs {
+  const { tabs, active } = (value ?? {}) as Partial<OpenedTabs>;
+  if (!Array.isArray(tabs)) return { tabs: [], active: null };
+  const good = tabs.filter((tab) => typeof tab?.grant === "string" && /^[0-9a-f]{32}$/.test(tab.session));
+  return { tabs: good.slice(0, TABS_MAX), active: typeof active === "string" ? active : null };
+}
+
+function open(): Promise<IDBDatabase> {
+  const asked = indexedDB.open(DATABASE, 1);
+  asked.onupgradeneeded = () => {
+    asked.result.createObjectStore("grants", { keyPath: "id" });
+    asked.result.createObjectStore("state");
+  };
+  return done(asked);
+}
+
+function done<T>(asked: IDBRequest): Promise<T> {
+  return new Promise((resolve, reject) => {
+    asked.onsuccess = () => resolve(asked.result as T);
+    asked.onerror = () => reject(asked.error);
+  });
+}
+
+// ---- settings --------------------------------------------------------------------------------------------------
+
+export interface Settings {
+  theme: "system" | "light" | "dark";
+  fontSize: number;
+  screenReader: boolean;
+  keys: "auto" | "shown" | "hidden";
+}
+
+export const FONT_MIN_PX = 8;
+export const FONT_MAX_PX = 32;
+const SETTINGS = "sterna.settings";
+
+/** Returns the settings of this browser; what is damaged is as if it had never been set. */
+export function loadSettings(text: string | null, phone: boolean): Settings {
+  let found: Partial<Settings> = {};
+  try {
+    found = (JSON.parse(text ?? "{}") ?? {}) as Partial<Settings>;
+  } catch {
+    // It is written anew with the next change.
+  }
+  const size = Number(found.fontSize);
+  return {
+    theme: found.theme === "light" || found.theme === "dark" ? found.theme : "system",
+    fontSize: size >= FONT_MIN_PX && size <= FONT_MAX_PX ? size : phone ? 12 : 14,
+    screenReader: found.screenReader === true,
+    keys: found.keys === "shown" || found.keys === "hidden" ? found.keys : "auto",
+  };
+}
+
+export function storedSettings(): string | null {
+  try {
+    return localStorage.getItem(SETTINGS);
+  } catch {
+    return null;
+  }
+}
+
+export function keepSettings(settings: Settings): void {
+  try {
+    localStorage.setItem(SETTINGS, JSON.stringify(settings));
+  } catch {
+    // As above.
+  }
+}
