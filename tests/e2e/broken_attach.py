@@ -10,7 +10,8 @@ from sterna.client import attach
 from sterna.client.attach import Attach
 from sterna.client.queries import LIVE, QueryFilter
 from sterna.client.status import StatusLine
-from sterna.protocol.client import Output, Screen
+from sterna.protocol import compress
+from sterna.protocol.client import ClientMachine, Output, Screen
 from sterna.protocol.compress import decompress
 
 MARK = b"broken here"
@@ -72,13 +73,36 @@ def _leave_status() -> None:
     StatusLine.end = end  # type: ignore[method-assign]  # breaking it is the purpose
 
 
+def _swallow_bombs() -> None:
+    """Breaks the bound on what a picture unpacks to."""
+    names = vars(compress)
+    names["decompress"] = lambda data, *_: names["zstd"].decompress(data)
+
+
+def _drop_resizes() -> None:
+    original = ClientMachine.resize
+
+    def resize(self: ClientMachine, cols: int, rows: int) -> None:
+        if (cols, rows) != (80, 24):
+            original(self, cols, rows)
+
+    ClientMachine.resize = resize  # type: ignore[method-assign]  # breaking it is the purpose
+
+
 def break_(how: str) -> None:
     """Breaks the client.
 
     `drop` and `swap` bytes where the output says MARK; `answers` lets every query pass; `status` leaves the status
-    line; `blind` skips all snapshots but the first; anything else are bytes, in hexadecimal, that snapshots then lack.
+    line; `blind` skips all snapshots but the first; `bombs` lets them unpack to any size; `size` keeps back
+    that the terminal is 80 x 24 cells again; anything else are bytes, in hexadecimal, that snapshots then lack.
     """
-    ways: dict[str, Any] = {"answers": _answer_everything, "status": _leave_status, "blind": _skip_snapshots}
+    ways: dict[str, Any] = {
+        "answers": _answer_everything,
+        "status": _leave_status,
+        "blind": _skip_snapshots,
+        "bombs": _swallow_bombs,
+        "size": _drop_resizes,
+    }
     if how in ("drop", "swap"):
         _break_output(how)
     elif how in ways:

@@ -1,4 +1,4 @@
-"""Runs a node without one of its checks, for the controls of the tests of races only.
+"""Runs a node without one of its checks, for the controls of the tests of races and refusals only.
 
 Usage: broken_node.py BREAK STATE SOCKETS PORT; BREAK is one of BREAKS.
 """
@@ -8,14 +8,18 @@ from __future__ import annotations
 import os
 import sys
 from typing import Any
+from unittest import mock
 
 from sterna.node.clients import ClientConnection
 from sterna.node.config import NodeConfig
-from sterna.node.doorkeeper import Doorkeeper
-from sterna.node.store import AttachmentRow, Store
+from sterna.node.doorkeeper import Doorkeeper, Visitor
+from sterna.node.pods import PodRegistry
+from sterna.node.store import AttachmentRow, SessionRow, Store
+from sterna.protocol import codec
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.messages import ResumeBody, Signed
 from sterna.protocol.session import Session
+from sterna.trust import device, tokens
 
 
 def forget_requests() -> None:
@@ -64,7 +68,53 @@ def deliver_twice() -> None:
     Session.client_input = careless  # type: ignore[method-assign]  # that is the point
 
 
+def believe_frames() -> None:
+    """Breaks the checksum: each that comes is right."""
+    vars(codec)["crc16"] = lambda *_args: mock.ANY
+
+
+def believe_devices() -> None:
+    """Breaks the proof of CONNECT and RESUME: each signature is genuine."""
+    device.verify = lambda *_args: True
+
+
+def believe_tokens() -> None:
+    """Breaks the proof of access tokens: each signature is genuine."""
+    original = tokens.verify_token
+
+    def verify(*args: Any) -> tokens.Grant:
+        with mock.patch.object(tokens, "Ed25519PublicKey"):
+            return original(*args)
+
+    vars(tokens)["verify_token"] = verify
+
+
+def forget_revocation() -> None:
+    """Breaks revocation: a device is shown out, and may come back."""
+    Store.revoke_device = lambda self, *_args: True  # type: ignore[method-assign]  # that is the point
+
+
+def mix_tenants() -> None:
+    """Breaks the wall between tenants: whoever knows a session's name or uid gets it."""
+
+    def allowed(self: ClientConnection, visitor: Visitor, row: SessionRow, mode: str) -> bool:
+        return visitor.may_use(row.agent, mode)
+
+    ClientConnection._allowed = allowed  # type: ignore[method-assign]  # that is the point
+
+
+def trust_everybody() -> None:
+    """Breaks the look at the owner: any user's socket is an agent."""
+    PodRegistry.trusts = lambda self, *_args: True  # type: ignore[method-assign]  # that is the point
+
+
 BREAKS = {
+    "frames": believe_frames,
+    "devices": believe_devices,
+    "tokens": believe_tokens,
+    "revoked": forget_revocation,
+    "tenants": mix_tenants,
+    "owners": trust_everybody,
     "requests": forget_requests,
     "race": let_everybody_win,
     "late": take_late_frames,

@@ -7,9 +7,11 @@ we had sent were not acknowledged at that moment. BREAK is "" or one of BREAKS.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from typing import Any
 
+from sterna.client import driver
 from sterna.client.transfer import Transfer
 from sterna.protocol.client import ClientMachine
 from sterna.protocol.frame import Type
@@ -55,7 +57,18 @@ def acknowledge_early() -> None:
     Transfer.size = property(size)  # type: ignore[assignment,method-assign]  # that is the point
 
 
-BREAKS = {"forget": forget_unacknowledged, "early": acknowledge_early}
+def narrow_sockets() -> None:
+    """Breaks nothing: the sockets take so little at a time that most writes go out in parts."""
+    original = driver._Channel.__init__
+
+    def narrow(self: driver._Channel, number: int, sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        original(self, number, sock)
+
+    driver._Channel.__init__ = narrow  # type: ignore[method-assign]  # that is the point
+
+
+BREAKS = {"forget": forget_unacknowledged, "early": acknowledge_early, "narrow": narrow_sockets}
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from tests.e2e.rig import STOP_SECONDS, Daemon, Rig, wait_for
 HERE = Path(__file__).parent
 MEGABYTE = 1_000_000
 FULL = os.environ.get("STERNA_EXACT_MB")
-"""The size in megabytes each way; without it the tests are short enough to run each time."""
+"""The size in megabytes each way, in place of each test's own."""
 
 
 def size_of(short: int) -> int:
-    """Returns how many bytes go each way: `short` megabytes, or STERNA_EXACT_MB."""
+    """Returns how many bytes go each way: so many megabytes, or STERNA_EXACT_MB."""
     return int(float(FULL or short) * MEGABYTE)
 
 

@@ -21,8 +21,10 @@ import pytest
 from sterna.cli.service import kills, logout_hint, unit_text
 from sterna.client.cast import EVENT_MAX_CHARS, LINE_MAX_BYTES, CastReader, CastWriter
 from sterna.errors import UsageError
+from tests.e2e.proxy import CutProxy
 from tests.e2e.rig import Daemon, PtyClient, Rig, free_port, running, wait_for
 
+QUIET_SECONDS, QUIET_BYTES = 1.5, 200
 DEPLOY = Path(__file__).parents[2] / "deploy" / "systemd"
 
 
@@ -141,6 +143,22 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
+def falls_silent(proxy: CutProxy) -> None:
+    """Waits until a client has asked nothing for some time: a PONG may come, but no answer."""
+    told, since = proxy.bytes_down, time.monotonic()
+    deadline = since + 20
+    while time.monotonic() < since + QUIET_SECONDS:
+        assert time.monotonic() < deadline, "it does not stop asking"
+        if proxy.bytes_down >= told + QUIET_BYTES:
+            told, since = proxy.bytes_down, time.monotonic()
+        time.sleep(0.05)
+
+
+def sizes(path: Path) -> list[str]:
+    """All new sizes in a recording."""
+    return [event[2] for event in lines(path)[1:] if event[1] == "r"]
+
+
 def recorded(path: Path) -> str:
     """All output in a recording."""
     return "".join(event[2] for event in lines(path)[1:] if event[1] == "o")
@@ -155,7 +173,7 @@ def test_a_session_is_recorded_with_sizes_and_exit_and_plays_the_same(rig: Rig) 
     client.expect("d2e")
     fcntl.ioctl(client.master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     client.process.send_signal(signal.SIGWINCH)
-    wait_for(lambda: any(event[1] == "r" for event in lines(path)[1:]), name="the new size")
+    wait_for(lambda: bool(sizes(path)), name="the new size")
     client.type("exit 3\n")
     assert recorder.wait() == 0
     assert client.wait() == 3
@@ -163,7 +181,7 @@ def test_a_session_is_recorded_with_sizes_and_exit_and_plays_the_same(rig: Rig) 
     assert header["version"] == 3
     assert header["term"] == {"cols": 90, "rows": 20, "type": "xterm-256color"}
     assert abs(header["timestamp"] - time.time()) < 300
-    assert [event[2] for event in events if event[1] == "r"] == ["100x30"]
+    assert sizes(path) == ["100x30"]
     assert events[-1][1:] == ["x", "3"]
     assert all(event[0] >= 0 for event in events)
     assert 0.5 < sum(event[0] for event in events) < 60
@@ -180,6 +198,26 @@ def test_a_session_is_recorded_with_sizes_and_exit_and_plays_the_same(rig: Rig) 
     again = rig.sterna("record", "film", str(path))
     assert again.returncode == 2
     assert "exists" in again.stderr
+
+
+def test_sizes_are_recorded_also_of_a_silent_program_and_nobody_asks_for_them_in_vain(rig: Rig) -> None:
+    client = session(rig, "silent", cols=90, rows=20)
+    client.type("echo ready; exec sleep 1000\n")
+    client.expect("ready\r\n")
+    path = rig.directory / "silent.cast"
+    proxy = rig.proxy()
+    recorder = rig.terminal("record", "silent", str(path), "--host", "127.0.0.1", "--port", str(proxy.port))
+    recorder.expect("Ctrl-C ends it")
+    wanted = []
+    for cols, rows in ((100, 30), (90, 20), (60, 10)):
+        falls_silent(proxy)
+        fcntl.ioctl(client.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        client.process.send_signal(signal.SIGWINCH)
+        wanted.append(f"{cols}x{rows}")
+        wait_for(lambda: sizes(path) == wanted, name="the new size")
+    falls_silent(proxy)
+    recorder.process.send_signal(signal.SIGINT)
+    assert recorder.wait() == 0
 
 
 def test_a_recording_survives_a_cut_and_a_restart_of_the_node_without_a_gap() -> None:

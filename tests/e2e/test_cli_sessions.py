@@ -274,6 +274,14 @@ def test_share_refuses_what_no_other_device_reaches(rig: Rig) -> None:
         assert "Another device cannot reach" in refused(rig, 2, "share", "--host", host)
 
 
+def test_share_says_how_to_begin_a_session_where_none_is(rig: Rig) -> None:
+    begin = "`sterna attach` begins one; `sterna share --all` shares those to come"
+    assert begin in refused(rig, 2, "share", "--local")
+    assert "'cat' has no session: `sterna attach cat` begins one" in refused(rig, 1, "share", "cat", "--local")
+    assert "no session or agent 'nobody'" in refused(rig, 1, "share", "nobody", "--local")
+    assert "The agent 'cat' has no session" in refused(rig, 1, "capture", "cat")
+
+
 def test_share_makes_a_link_that_another_device_opens_once(rig: Rig) -> None:
     shell(rig, "shown")
     ok(rig, "send", "shown", "echo for-'you'", "--enter")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.e2e.exact_rig import ByteCutProxy, Duplex, elapsed, new_seed, size_of, start_node
+from tests.e2e.exact_rig import MEGABYTE, ByteCutProxy, Duplex, elapsed, new_seed, node_notes, size_of, start_node
 from tests.e2e.rig import Rig
 
 CUTS = 150
@@ -37,7 +37,7 @@ def run(
 
 @pytest.mark.timeout(700)
 def test_every_byte_arrives_once_through_a_hundred_cuts() -> None:
-    fault, status, (lost, both) = run(35)
+    fault, status, (lost, both) = run(50)
     assert fault == ""
     assert status == 0
     assert lost >= 100
@@ -55,3 +55,17 @@ def test_control_a_node_that_lets_the_agent_run_on_is_caught() -> None:
     fault, status, _ = run(25, broken_node="overwrite")
     assert "differs" in fault
     assert status == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("narrow", ["", "narrow"], ids=["wide", "narrow"])
+def test_without_cuts_one_connection_carries_everything(narrow: str) -> None:
+    """Bytes that the client itself lost would break a frame, and be sent again on another connection unnoticed."""
+    seed, size = new_seed(), 3 * MEGABYTE if narrow else size_of(50)
+    with Rig() as rig:
+        duplex = Duplex(rig, seed, size)
+        start_node(rig)
+        pipe = duplex.start(duplex.words(rig.port, broken=narrow), streams=True)
+        said = duplex.finish(pipe, 100.0)
+        assert (duplex.fault(), said, pipe.returncode) == ("", "", 0)
+        assert len(node_notes(rig).read_text().split()) == 1, "the session was resumed"

@@ -74,7 +74,7 @@ def kill_nodes(short: int, *, broken: str = "", seconds: float = 600.0) -> tuple
 
 @pytest.mark.timeout(900)
 def test_every_byte_arrives_once_while_the_node_is_killed() -> None:
-    fault, status, kills = kill_nodes(20)
+    fault, status, kills = kill_nodes(50)
     assert fault == ""
     assert status == 0
     assert kills >= KILLS
@@ -126,7 +126,7 @@ def kill_clients(short: int, least: int, *, broken: str = "", seconds: float = 6
 
 @pytest.mark.timeout(900)
 def test_every_byte_arrives_once_while_the_client_is_killed() -> None:
-    fault, status, kills = kill_clients(30, 15)
+    fault, status, kills = kill_clients(50, 15)
     assert fault == ""
     assert status == 0
     assert kills >= 10

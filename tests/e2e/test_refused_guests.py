@@ -30,7 +30,7 @@ def site() -> Iterator[Site]:
 
 def link_to(site: Site, name: str) -> str:
     owner = site.client()
-    owner.connect(name=name)
+    owner.connect(name=name, want="named")
     ticket: str = owner.call("share", session=name, mode="watch", ttl=600)["ticket"]
     owner.close()
     return ticket
@@ -62,6 +62,68 @@ def test_a_link_has_only_so_many_connections(site: Site) -> None:
         wait_for(again, name="room for one more")
         for raw in kept:
             raw.close()
+
+
+def watching(site: Site, ticket: str, device: DeviceKey, name: str, count: int) -> tuple[Raw, list[bytes]]:
+    """A guest's connection that watches a session `count` times if it may; the attachments that it may."""
+    raw, let_in = guest(site, ticket, device), []
+    for handle in range(1, count + 1):
+        body = raw.connect_body(want="join", name=name, mode="watch", exact=False)
+        raw.send(Type.CONNECT, handle, 0, raw.signed(body))
+        answer = raw.answer(handle)
+        if isinstance(answer, messages.Accept):
+            let_in.append(body.attachment)
+        else:
+            assert isinstance(answer, messages.Error)
+            assert answer.code == Code.LIMIT
+            assert "Links have too many places" in answer.message
+    return raw, let_in
+
+
+def test_links_leave_places_to_those_whose_session_it_is(site: Site) -> None:
+    quarter, name = limits.WATCHERS_MAX // 4, "looked-at"
+    links = [(link_to(site, name), new_device()) for _ in range(4)]
+    with unharmed(site, 16):
+        raws = []
+        for number, (ticket, device) in enumerate(links):
+            raw, let_in = watching(site, ticket, device, name, limits.WATCHERS_MAX)
+            assert len(let_in) == (quarter if number < 3 else 0)
+            raws.append(raw)
+        with site.client() as owner:
+            for handle in range(1, quarter + 1):
+                owner.connect(handle, want="join", name=name, mode="watch")
+            answer = owner.ask(quarter + 1, want="join", name=name, mode="watch")
+            assert isinstance(answer, messages.Error)
+            assert "at most" in answer.message
+        for raw in raws:
+            raw.close()
+
+
+def test_a_link_does_not_come_back_to_more_places_than_it_may_have(site: Site) -> None:
+    quarter, name = limits.WATCHERS_MAX // 4, "came-back"
+    ticket, device = link_to(site, name), new_device()
+    with site.client() as owner:
+        uid = owner.connect(want="join", name=name, mode="watch")
+    first, gone = watching(site, ticket, device, name, quarter)
+    assert len(gone) == quarter
+    first.close()
+    wait_for(lambda: attached(site, name) == 0, name="their end")
+    second, let_in = watching(site, ticket, device, name, quarter)
+    assert len(let_in) == quarter
+    third = guest(site, ticket, device)
+    third.connect(want="call", mode="watch", agent="")
+    answer = third.resume(2, uid, gone[0])
+    assert isinstance(answer, messages.Error)
+    assert answer.code == Code.LIMIT
+    assert not isinstance(third.resume(3, uid, let_in[0]), messages.Error), "control: one that is there comes back"
+    for raw in (second, third):
+        raw.close()
+
+
+def attached(site: Site, name: str) -> int:
+    with site.client() as owner:
+        owner.connect(want="call")
+        return len(owner.call("info", session=name)["attachments"])
 
 
 def test_a_storm_of_calls_holds_nobody_up(site: Site) -> None:

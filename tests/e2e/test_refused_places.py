@@ -21,7 +21,7 @@ from sterna.errors import Code
 from sterna.protocol import messages
 from sterna.protocol.frame import Type
 from sterna.protocol.messages import Error, Event, Resumed
-from tests.e2e.raw_client import Site, unharmed
+from tests.e2e.raw_client import Raw, Site, unharmed
 from tests.e2e.rig import Rig, _children, free_port, wait_for
 
 pytestmark = pytest.mark.xdist_group("refused-places")
@@ -133,7 +133,7 @@ s.settimeout(5); c, _ = s.accept(); c.settimeout(5); print(len(c.recv(100)), flu
 
 
 def up(rig: Rig, *options: str) -> subprocess.CompletedProcess[str]:
-    return rig.sterna("up", "--port", str(free_port()), "--state", os.fspath(rig.state), *options)
+    return rig.sterna("up", "--no-web", "--port", str(free_port()), "--state", os.fspath(rig.state), *options)
 
 
 def test_a_state_directory_that_others_may_write_to() -> None:
@@ -175,7 +175,7 @@ def test_another_users_state_directory() -> None:
 
 def test_a_port_in_use(site: Site) -> None:
     with unharmed(site), Rig() as rig:
-        done = rig.sterna("up", "--port", str(site.rig.port), "--state", os.fspath(rig.state))
+        done = rig.sterna("up", "--no-web", "--port", str(site.rig.port), "--state", os.fspath(rig.state))
         assert done.returncode == 2
         assert f"Port {site.rig.port} on 127.0.0.1 is in use" in sentence(done.stderr)
         # The same state directory belongs to the node that has it.
@@ -231,34 +231,36 @@ def test_a_full_disk_stops_no_session(small: Rig) -> None:
         accept = raw.connect(attachment=attachment)
         second_accept = second.connect(attachment=other)
         assert raw.echo(b"before", 0) == b"before"
+        others = range(2, 18)
+        for handle in others:
+            second.connect(handle)
         ballast = fill(small)
-        position = 6
-        # More than the journal's quota has room for: from somewhere on in memory, said once.
-        chunk = os.urandom(32 * 1024)
-        told = False
-        for _ in range(48):
-            raw.send(Type.DATA, 1, position, chunk)
-            got = b""
-            while len(got) < len(chunk):
-                kind, _, _, payload = raw.until(Type.DATA, Type.EVENT, handle=1)
-                if kind == Type.EVENT:
-                    told |= messages.unpack(Event, payload).kind == "storage"
-                else:
-                    got += payload
-            assert got == chunk
-            position += len(chunk)
-            raw.send(Type.ACK, 1, position, position.to_bytes(8, "big"))
-        assert told
+        # More than the journal's quota has room for, even of the least that each keeps: from somewhere on in memory.
+        for handle in others:
+            echo_much(second, handle, 0, 4)
+        position, told = echo_much(raw, 1, 6, 48)
+        assert told == 1
         assert "the session goes on in memory" in said(site)
         assert second.echo(b"also here", 0) == b"also here"
         refuse_new_sessions(site)
         raw.close()
         with site.client(device=raw.device) as again:
-            answer = again.resume(1, accept, attachment, output=position)
+            recorded = again.signed(again.resume_body(accept, attachment, output=position))
+            again.send(Type.RESUME, 1, 0, recorded)
+            answer = again.answer(1)
             assert isinstance(answer, Resumed), answer
             assert again.echo(b"back", position) == b"back"
-        second.say(Type.CLOSE, 1, messages.Close())
-        second.until(Type.CLOSE, handle=1)
+            # Its counter could not be stored: it is spent all the same.
+            wait_for(lambda: has_said(site, "counter not stored"), name="the counter")
+            with site.client() as thief:
+                thief.send(Type.RESUME, 1, 0, recorded)
+                answer = thief.answer(1)
+                assert isinstance(answer, Error), answer
+                assert answer.code == Code.SUPERSEDED
+            assert again.echo(b"still", position + 4) == b"still"
+        for handle in (1, *others):
+            second.say(Type.CLOSE, handle, messages.Close())
+            second.until(Type.CLOSE, handle=handle)
         assert second_accept.uid != accept.uid
         ballast.unlink()
         with site.client() as fresh:
@@ -267,6 +269,24 @@ def test_a_full_disk_stops_no_session(small: Rig) -> None:
     assert small.node is not None
     assert small.node.running
     assert "Traceback" not in said(site)
+
+
+def echo_much(raw: Raw, handle: int, position: int, count: int) -> tuple[int, int]:
+    """Has 32 KiB echoed `count` times; returns where that ends, and how often it was said that the disk fails."""
+    chunk, told = os.urandom(32 * 1024), 0
+    for _ in range(count):
+        raw.send(Type.DATA, handle, position, chunk)
+        got = b""
+        while len(got) < len(chunk):
+            kind, _, _, payload = raw.until(Type.DATA, Type.EVENT, handle=handle)
+            if kind == Type.EVENT:
+                told += messages.unpack(Event, payload).kind == "storage"
+            else:
+                got += payload
+        assert got == chunk
+        position += len(chunk)
+        raw.send(Type.ACK, handle, position, position.to_bytes(8, "big"))
+    return position, told
 
 
 def refuse_new_sessions(site: Site) -> None:
@@ -283,7 +303,7 @@ def refuse_new_sessions(site: Site) -> None:
 
 @AS_ROOT
 def test_a_disk_without_room_for_a_journal_is_named_at_once(small: Rig) -> None:
-    done = small.sterna("up", "--port", str(small.port), "--state", os.fspath(small.state))
+    done = small.sterna("up", "--no-web", "--port", str(small.port), "--state", os.fspath(small.state))
     assert done.returncode == 1
     assert "free some space" in sentence(done.stderr)
 
@@ -333,7 +353,8 @@ def test_the_umask_does_not_matter(mask: int) -> None:
     with Rig() as rig:
         rig.sockets.rmdir()
         rig.state.rmdir()
-        words = ["sh", "-c", f'umask {mask:o}; exec "$@"', "sh", *rig.words("up", "--json", "--port", str(rig.port))]
+        start = rig.words("up", "--json", "--no-web", "--port", str(rig.port))
+        words = ["sh", "-c", f'umask {mask:o}; exec "$@"', "sh", *start]
         with (rig.directory / "err").open("wb") as err:
             process = subprocess.Popen(
                 [*words, "--state", os.fspath(rig.state), "cat"], env=rig.env, stdout=subprocess.PIPE, stderr=err

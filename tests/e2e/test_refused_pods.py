@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +21,12 @@ from sterna.protocol.compress import compress
 from sterna.protocol.frame import Type, encode
 from sterna.protocol.link import Link
 from sterna.protocol.messages import Error, Exit, Hello, LaneState, Opened, Snapshot
-from tests.e2e.raw_client import MIB, Site, unharmed
+from tests.e2e.raw_client import MIB, Site, new_device, unharmed
 from tests.e2e.rig import Rig, wait_for
 
 pytestmark = pytest.mark.xdist_group("refused-pods")
 
+CLIENT_MAX_KIB = 160 * 1024
 HELLO = encode(Type.HELLO, 0, 0, messages.pack(Hello(1, "pty", b"i" * 16, ["many", "snapshot"])))
 
 
@@ -301,6 +303,49 @@ def test_a_snapshot_from_the_future_moves_nobody(site: Site) -> None:
             assert second.alive()
 
 
+@pytest.mark.parametrize("how", ["alone", "beside-another-device", "resume"])
+def test_a_device_revoked_while_the_agent_is_waited_for_stays_out(site: Site, how: str) -> None:
+    opens, attachment = 0, os.urandom(16)
+    answers = threading.Semaphore(1 if how == "resume" else 0)
+
+    def hesitate(line: Line) -> None:
+        nonlocal opens
+        line.raw(HELLO)
+        handle = line.until(Type.OPEN)[1]
+        opens += 1
+        answers.acquire()
+        line.say(Type.OPENED, handle, Opened(0, 0))
+        line.until(Type.LANE)
+        if how != "resume" or opens > 1:
+            line.linger()
+
+    with Rogue(site, f"slow-{how}", hesitate), site.client() as owner, site.client() as raw:
+        owner.connect(want="call")
+        wish: dict[str, Any] = {"agent": f"slow-{how}", "name": f"slow-{how}", "attachment": attachment}
+        late = raw
+        if how == "resume":
+            accept = raw.connect(**wish)  # then the agent's connection is lost, and it is slow on the next one
+            wait_for(lambda: opens == 2, name="the session to be asked for again")
+            late = site.client(device=raw.device)
+            late.send(Type.RESUME, 1, 0, late.signed(late.resume_body(accept, attachment)))
+        else:
+            raw.send(Type.CONNECT, 1, 0, raw.signed(raw.connect_body(**wish)))
+            wait_for(lambda: opens == 1, name="the session to be asked for")
+        if how == "beside-another-device":
+            mine, raw.device = raw.device, new_device()
+            raw.connect(handle=2)
+            raw.device = mine
+        assert late.alive()
+        assert owner.call("revoke", device=raw.device.id.hex())["device"] == raw.device.id.hex()
+        answers.release()
+        answer = late.answer(1)
+        assert isinstance(answer, Error), answer
+        assert answer.code == Code.REVOKED
+        late.close()
+        found = [session for session in owner.call("list")["sessions"] if session["name"] == wish["name"]]
+        assert [session["attached"] for session in found] == [0]
+
+
 def test_output_without_a_window_is_kept_within_the_ring(site: Site) -> None:
     """64 MiB that nobody asked for: what the ring cannot keep is gone, the node's memory stays what it was."""
     sent = threading.Event()
@@ -384,13 +429,33 @@ def test_a_zstd_bomb_is_refused_by_the_client(site: Site) -> None:
         terminal = site.rig.terminal("attach", "bomb")
         peak = 0
         deadline = time.monotonic() + 15
-        while terminal.process.poll() is None and time.monotonic() < deadline:
+        while terminal.process.poll() is None and peak < CLIENT_MAX_KIB and time.monotonic() < deadline:
             terminal.read(0.01)
             with contextlib.suppress(OSError, StopIteration):
                 status = Path(f"/proc/{terminal.process.pid}/status").read_text()
                 peak = max(peak, next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")))
+        assert peak < CLIENT_MAX_KIB
         assert terminal.wait() == 1
         assert b"was refused" in terminal.seen
         assert b"Traceback" not in terminal.seen
         print(f"the client took {peak / 1024:.0f} MiB at most")
-        assert peak < 160 * 1024
+
+
+def test_last_screens_that_never_end_are_bounded(site: Site) -> None:
+    sessions, parts = 80, limits.FINAL_MAX_BYTES // limits.SNAPSHOT_PART_BYTES
+
+    def behave(line: Line) -> None:
+        line.raw(HELLO)
+        for _ in range(sessions):
+            handle = line.until(Type.OPEN)[1]
+            line.say(Type.OPENED, handle, Opened(0, 0))
+            for number in range(parts):
+                line.say(Type.SNAPSHOT, handle, Snapshot(0, number, False, False, os.urandom(60_000)))
+            line.raw(encode(Type.DATA, handle, 0, b"sent"))
+        line.linger()
+
+    allowed = limits.FINALS_LOADED_PER_TENANT_MAX_BYTES // MIB + 16
+    with unharmed(site, allowed), Rogue(site, "screens", behave), site.client() as raw:
+        for handle in range(1, sessions + 1):
+            raw.connect(handle, agent="screens", name=f"screen-{handle}", want="named")
+            assert raw.data(4, handle) == b"sent"

@@ -5,8 +5,11 @@ Real processes throughout: a node with TLS, agents, clients in panes of tmux or 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from sterna.limits import WINDOW_BYTES
 from tests.e2e.rig import Rig, wait_for
 from tests.e2e.screens import (
     HERE,
@@ -35,6 +39,7 @@ pytestmark = [
 ]
 
 PROMPT = r"^\$ *$"
+STALL_SECONDS = 0.3
 ASK = f"{sys.executable} {HERE / 'ask.py'}"
 
 
@@ -270,6 +275,27 @@ def test_the_exit_status_is_passed_on(stage: Stage, command: str, status: int) -
     pane.line(command)
     pane.expect(f"^status {status}$")
     pane.close()
+
+
+def test_a_paste_beyond_the_window_arrives_whole_once_the_program_reads(stage: Stage) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    data = random.Random(seed).randbytes(3 * WINDOW_BYTES).replace(b"~", b"-")
+    go = stage.rig.directory / f"go-{stage.name()}"
+    client = stage.rig.terminal(*attach_words(stage.rig, stage.name(), None)[3:])
+    client.expect("$ ")
+    wait = f"until [ -e {go} ]; do sleep 0.02; done"
+    client.type(f"stty raw -echo; echo rea''dy; {wait}; head -c {len(data)} | sha256sum\n")
+    client.expect("ready\n")
+    os.set_blocking(client.master, False)
+    pasted = 0
+    while pasted < len(data):
+        if select.select([], [client.master], [], STALL_SECONDS)[1]:
+            pasted += os.write(client.master, data[pasted : pasted + 4096])
+        elif pasted >= WINDOW_BYTES:
+            go.touch()
+    assert go.exists(), "the program did not read and nothing held the paste back"
+    client.expect(hashlib.sha256(data).hexdigest())
 
 
 # ---- the terminal's own events -----------------------------------------------------------------------------------

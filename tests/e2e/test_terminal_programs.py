@@ -116,7 +116,7 @@ class Twins:
             for pane in (self.plain, *self.attached):
                 pane.resized()
             # A session takes a new size at most every 50 ms; keys typed before that would be for the old one.
-            self._told(cols, rows)
+            self.told(cols, rows)
 
     def expect(self, pattern: str) -> None:
         for pane in (self.plain, *self.attached):
@@ -126,7 +126,7 @@ class Twins:
         assert_same(*self.attached, self.plain)
         self.typist = self.rng.choice(self.attached)
 
-    def _told(self, cols: int, rows: int) -> None:
+    def told(self, cols: int, rows: int) -> None:
         wait_for(lambda: self.stage.size(self.name) == (cols, rows), name="the session's size")
 
     def alone(self) -> None:

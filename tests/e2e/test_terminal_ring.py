@@ -103,6 +103,10 @@ class Laggard:
     def seen(self) -> bytes:
         return self.path.read_bytes()
 
+    def passed(self) -> int:
+        """How many bytes the network has taken for it."""
+        return self.proxy.in_flight + self.proxy.bytes_down
+
     def freeze(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
         state = re.compile(r"\) T ")
@@ -141,10 +145,14 @@ class Scene:
         assert found is not None, said
         return int(found[1])
 
+    def wait_painted(self) -> None:
+        """Waits until the laggard has its snapshot."""
+        wait_for(lambda: _PREFIX in self.laggard.seen()[len(b"first") + 200 :], name="the snapshot")
+
     def check(self, half: bytes, lost: int) -> None:
         """Compares the two, also a third terminal that comes late, and what is said about the gap."""
         lag = self.laggard
-        wait_for(lambda: _PREFIX in lag.seen()[len(b"first") + 200 :], name="the snapshot")
+        self.wait_painted()
         assert_same(lag.pane, self.pane)
         # The client holds a sequence back that may turn out to be a question.
         before = lag.seen().rpartition(_PREFIX)[0]
@@ -200,9 +208,17 @@ def test_it_stands_still_and_falls_behind(stage: Stage, cut: str) -> None:
     head = styled_lines(rng, limits.WINDOW_BYTES - 4 - len(half)) + b"here" + half
     assert len(head) == limits.WINDOW_BYTES
     flood = rest + b"\r\n" + styled_lines(rng, RING_BYTES + rng.randrange(150_000, 200_000)) + b"\x1b[mEND" + end
-    scene.emit(head + flood)
+    passed = lag.passed()
+    scene.emit(head)
+    # On a busy machine the network may take it so slowly that the ring is overwritten before.
+    wait_for(lambda: lag.passed() >= passed + len(head), name="the window to be used up")
+    scene.emit(flood)
     wait_for(lambda: "END" in scene.pane.history() or "full" in scene.pane.text(), name="the flood's end")
+    # What is on its way must be read before the client, which has slept, may go on on another connection.
+    lag.proxy.refuse()
     lag.go_on()
+    scene.wait_painted()
+    lag.proxy.accept()
     scene.check(half, len(flood))
 
 

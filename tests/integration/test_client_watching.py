@@ -125,6 +125,8 @@ def test_trouble_around_a_poll_driver_brings_a_second_connection(
         turn(session, 1.3)  # at least one look around
         first = session._machine.active
         assert told(events) == []
+        session.write(b"awake")  # the machine itself notices silence a second after this, not before
+        assert session.read(5, timeout=SECONDS) == b"awake"
         proxy.freeze(existing_only=True)
         around.trouble(kind)
         deadline = time.monotonic() + SECONDS
@@ -157,6 +159,8 @@ async def test_trouble_around_an_asyncio_driver_brings_a_second_connection(
             await asyncio.sleep(1.3)  # at least one look around
             first = session._machine.active
             assert told(events) == []
+            await session.write(b"awake")  # the machine itself notices silence a second after this, not before
+            assert await session.read(5) == b"awake"
             proxy.freeze(existing_only=True)
             around.trouble(kind)
             while not over(events) or session._machine.active == first:

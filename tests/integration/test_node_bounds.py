@@ -46,6 +46,21 @@ def bound_holds(site: Site, most: int) -> None:
         assert raw.echo(b"well", 0, handle=2) == b"well"
 
 
+def ended_ones_make_room(site: Site, most: int) -> None:
+    """More sessions than allowed at once, one after another, each ended by another connection of the owner's."""
+    with site.client() as raw, site.client() as other:
+        other.connect()
+        for handle in range(1, most + 3):
+            other.call("close", session=raw.connect(handle).uid.hex())
+            raw.until(Type.CLOSE, handle=handle)
+
+
+async def test_ended_sessions_do_not_use_up_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HANDLES_PER_CONNECTION_MAX", 5)
+    async with running(tmp_path) as node:
+        await asyncio.to_thread(ended_ones_make_room, site_of(node, tmp_path), 5)
+
+
 async def test_one_connection_carries_so_many_sessions_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ import pytest
 from sterna.errors import Code
 from sterna.limits import SNAPSHOT_MAX_BYTES, SNAPSHOT_PART_BYTES, TEXT_SHOWN_MAX_CHARS
 from sterna.protocol import messages
-from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Notice, Opened, Screen, Trouble
+from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Gap, Notice, Opened, Output, Screen, Trouble
+from sterna.protocol.codec import Decoder
 from sterna.protocol.frame import Type, encode
+from sterna.protocol.messages import Lost
 
 SECOND = 1_000_000_000
 UID = b"U" * 16
@@ -200,3 +202,116 @@ def test_the_bounds_are_those_of_one_snapshot() -> None:
         assert isinstance(screen, Screen)
         assert screen.data == b"y" * SNAPSHOT_PART_BYTES * (PARTS_MAX - 1)
     assert client.active == number
+
+
+# ---- back on another connection ------------------------------------------------------------------------------------
+
+
+def back(resumed: messages.Resumed) -> tuple[ClientMachine, int]:
+    """A client that has output up to position 10 and is resumed on a new connection."""
+    client, old = machine()
+    client.receive(old, encode(Type.DATA, 1, 0, b"0123456789"), 2 * SECOND)
+    events(client)
+    client.lost(old, 2 * SECOND)
+    new = dial(client)
+    client.established(new, 2 * SECOND)
+    give(client, new, Type.RESUMED, 1, resumed)
+    assert client.active == new
+    return client, new
+
+
+def output(client: ClientMachine) -> list[tuple[int, bytes]]:
+    """The output that the client passes on, each piece with its end."""
+    found = []
+    while (event := client.next_event()) is not None:
+        if isinstance(event, Output):
+            found.append((event.end, event.data))
+    return found
+
+
+def test_what_the_old_connection_brought_beyond_resumed_is_neither_lost_nor_doubled() -> None:
+    client, number = back(messages.Resumed(epoch=1, log=1, output=4, input=0, head=20))
+    client.receive(number, encode(Type.DATA, 1, 4, b"456789abc"), 2 * SECOND)
+    assert output(client) == [(13, b"abc")]
+
+
+def test_output_of_another_log_is_taken_from_where_the_node_says() -> None:
+    """Its positions have nothing to do with those of before, even where both ranges overlap."""
+    client, number = back(messages.Resumed(epoch=1, log=2, output=4, input=0, head=20, lost=Lost(10, 10)))
+    client.receive(number, encode(Type.DATA, 1, 4, b"another log"), 2 * SECOND)
+    assert output(client) == [(15, b"another log")]
+    assert client.log == 2
+
+
+def test_a_client_that_was_ahead_of_the_nodes_log_takes_what_takes_its_place() -> None:
+    client, number = back(messages.Resumed(epoch=1, log=1, output=0, input=0, head=8, lost=Lost(10, 10)))
+    client.receive(number, encode(Type.DATA, 1, 0, b"new bytes, more"), 2 * SECOND)
+    assert output(client) == [(15, b"new bytes, more")]
+
+
+# ---- a gap that a picture stands for -------------------------------------------------------------------------------
+
+
+def overtaken(resumed: messages.Resumed) -> tuple[ClientMachine, int]:
+    """A client at position 4 that resumes, has position 10 from its old connection before that is answered."""
+    client, old = machine()
+    client.receive(old, encode(Type.DATA, 1, 0, b"0123"), 2 * SECOND)
+    client.suspect(2 * SECOND, "the machine slept")
+    new = dial(client)
+    client.established(new, 2 * SECOND)
+    assert asked(client, new).output == 4
+    client.receive(old, encode(Type.DATA, 1, 4, b"456789"), 2 * SECOND)
+    events(client)
+    give(client, new, Type.RESUMED, 1, resumed)
+    assert client.active == new
+    return client, new
+
+
+def asked(client: ClientMachine, number: int) -> messages.ResumeBody:
+    """The RESUME that the client has sent on a connection."""
+    sent = b"".join(part for at, parts in client.data_to_send() if at == number for part in parts)
+    (resume,) = [frame[3] for frame in Decoder().feed(sent) if frame[0] == Type.RESUME]
+    return messages.unpack(messages.ResumeBody, messages.unpack(messages.Signed, resume).body)
+
+
+def gaps(client: ClientMachine) -> list[tuple[int, int]]:
+    found = []
+    while (event := client.next_event()) is not None:
+        if isinstance(event, Gap):
+            found.append((event.start, event.end))
+    return found
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_what_came_before_the_answer_to_resume_does_not_count_as_lost(snapshot: bool) -> None:
+    client, new = overtaken(messages.Resumed(1, 1, 50, 0, lost=Lost(4, 50), snapshot=snapshot, head=80))
+    if snapshot:
+        assert gaps(client) == []
+        give(client, new, Type.SNAPSHOT, 1, messages.Snapshot(80, 0, False, data=b"pic", lost=Lost(4, 80)))
+        give(client, new, Type.SNAPSHOT, 1, messages.Snapshot(80, 1, True, data=b"ture"))
+    assert gaps(client) == [(10, 80 if snapshot else 50)]
+    end = client.intake.next
+    client.receive(new, encode(Type.DATA, 1, end, b"more"), 2 * SECOND)
+    assert output(client) == [(end + 4, b"more")]
+
+
+@pytest.mark.parametrize("log", [1, 2])
+@pytest.mark.parametrize("parts", [0, 1])
+def test_a_picture_that_did_not_come_leaves_no_silent_hole(log: int, parts: int) -> None:
+    """The connection is lost before all of it is there: what it stands for is asked for again, and named once."""
+    client, new = overtaken(messages.Resumed(1, log, 50, 0, lost=Lost(4, 50), snapshot=True, head=80))
+    for part in range(parts):
+        give(client, new, Type.SNAPSHOT, 1, messages.Snapshot(80, part, False, data=b"pic", lost=Lost(4, 80)))
+    client.lost(new, 2 * SECOND)
+    number = dial(client)
+    client.established(number, 2 * SECOND)
+    again = asked(client, number)
+    assert (again.output, again.log) == (10, 1)
+    give(client, number, Type.RESUMED, 1, messages.Resumed(1, log, 60, 0, lost=Lost(10, 60), snapshot=True, head=90))
+    give(client, number, Type.SNAPSHOT, 1, messages.Snapshot(90, data=b"picture", lost=Lost(10, 90)))
+    assert gaps(client) == [(10, 90)]
+    client.lost(number, 2 * SECOND)
+    number = dial(client)
+    client.established(number, 2 * SECOND)
+    again = asked(client, number)
+    assert (again.output, again.log) == (90, log)

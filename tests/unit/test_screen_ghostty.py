@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -219,3 +220,62 @@ def test_new_rows_come_from_what_has_scrolled_out(cols: int) -> None:
     terminal.feed(b"".join(b"line %d\r\n" % number for number in range(100)) + b"$ ")
     terminal.resize(80, 24)
     assert terminal.text().split("\n") == [*(f"line {number}" for number in range(77, 100)), "$"]
+
+
+# ---- lines above the screen, through rests -------------------------------------------------------------------------
+
+
+def colorful(number: int, count: int) -> bytes:
+    """A line of `count` characters, each of a colour of its own."""
+    r = random.Random(number)
+    cells = b"".join(b"\x1b[38;2;%d;%d;%dmx" % (*r.randbytes(3),) for _ in range(count))
+    return b"%05d %b\x1b[m\r\n" % (number, cells)
+
+
+def kept(terminal: GhosttyTerminal) -> list[int]:
+    """The numbers of the lines that the terminal still has."""
+    return [int(line[:5]) for line in terminal.text(scrollback=True).split("\n") if line]
+
+
+@pytest.mark.parametrize(("colors", "lines", "rests"), [(0, 5, 100), (8, 5, 100), (70, 8, 60), (70, 50, 20)])
+def test_a_program_that_rests_often_keeps_its_lines(colors: int, lines: int, rests: int) -> None:
+    terminal = GhosttyTerminal(80, 24)
+    for number in range(lines * rests):
+        terminal.feed(colorful(number, colors))
+        if number % lines == 0:
+            packed = terminal.pack()
+            terminal.close()
+            terminal = GhosttyTerminal(80, 24, packed=packed)
+    assert kept(terminal) == list(range(lines * rests))
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_what_is_packed_and_drawn_has_all_lines_and_takes_none(alternate: bool) -> None:
+    """Also where they take all the memory that they may: some 2,000 lines full of colours."""
+    terminal = GhosttyTerminal(80, 24)
+    for number in range(3_000):
+        terminal.feed(colorful(number, 70))
+    lines = kept(terminal)
+    assert 1_500 < len(lines) < 3_000
+    if alternate:
+        terminal.feed(b"\x1b[?1049h")
+    copy, painted = GhosttyTerminal(80, 24, packed=terminal.pack()), GhosttyTerminal(80, 24)
+    painted.feed(terminal.snapshot())
+    for one in (terminal, copy, painted):
+        one.feed(b"\x1b[?1049l")
+        assert kept(one) == lines
+
+
+def test_pieces_do_not_let_a_flood_keep_more_than_it_may() -> None:
+    terminal = GhosttyTerminal(80, 24, 2_000)
+    for number in range(600):
+        terminal.feed(b"\x1b[?1049h\x1b[?1049l" if number % 3 else b"line\r\n")
+        if number % 3 == 1:
+            terminal.feed(b"\x1b[?1049h")
+        terminal = GhosttyTerminal(80, 24, 2_000, packed=terminal.pack())
+    fresh = GhosttyTerminal(80, 24, 2_000)
+    for _ in range(40):
+        for one in (terminal, fresh):
+            one.feed(b"%05d\r\n" % 7 * 10_000)
+    assert 0 < len(kept(terminal)) <= 2_023
+    assert len(terminal.pack()) < 3 * len(fresh.pack())

@@ -165,6 +165,9 @@ class ClientConnection:
             raise ProtocolError(Code.BAD_HANDLE, f"handle {handle} was used before")
         self.highest = handle
         if len(self.attachments) + self.pending >= limits.HANDLES_PER_CONNECTION_MAX:
+            # Of those that ended here some are kept, for frames that are on their way still.
+            self.attachments = {key: each for key, each in self.attachments.items() if each.session is not None}
+        if len(self.attachments) + self.pending >= limits.HANDLES_PER_CONNECTION_MAX:
             self.link.refuse(handle, Code.LIMIT, "Too many sessions on one connection.")
             return
         door, address = self.node.doorkeeper, self.pump.peer

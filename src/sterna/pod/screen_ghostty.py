@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import re
+import struct
 import threading
 import weakref
 from typing import TYPE_CHECKING, Final
@@ -32,6 +33,12 @@ CONTINUATION_MAX_BYTES: Final = 64 * 1024
 _UNLIMITED_LINES: Final = 1 << 40
 _CELL_BYTES: Final = 10
 _PAGE_BYTES: Final = 512 * 1024
+# A page with some 2,000 colours or more: how long it is when it is packed, and how large when it is not.
+_COLORFUL_BYTES: Final = 56 * 1024
+_COLORFUL_PAGE_BYTES: Final = 2560 * 1024
+_SLACK_BYTES: Final = 4 * 1024 * 1024  # pages are dropped as a whole
+_UNLIMITED_BYTES: Final = 1 << 40
+_PIECES_MAX: Final = 512
 APC_MAX_BYTES: Final = 64 * 1024
 _NAME: Final = b"sterna"
 _HOLLOW: Final = 3  # a cursor shape that no program can ask for: it marks "the terminal's own default"
@@ -91,7 +98,10 @@ class GhosttyTerminal:
     Raises libghostty.EngineMissingError if the library is not there.
     """
 
-    __slots__ = ("__weakref__", "_free", "_handle", "_lib", "bells", "cols", "rows", "scrollback_lines")
+    __slots__ = (
+        "__weakref__", "_free", "_handle", "_lib", "_packed_line_bytes", "_pieces", "bells", "cols",
+        "rows", "scrollback_lines",
+    )  # fmt: skip
 
     def __init__(
         self, cols: int, rows: int, scrollback_lines: int = limits.SCROLLBACK_LINES, *, packed: bytes | None = None
@@ -101,6 +111,11 @@ class GhosttyTerminal:
         self.rows = rows
         self.scrollback_lines = scrollback_lines
         self.bells = 0
+        # How many lines each piece of what is above the screen had when it was packed, the oldest first.
+        self._pieces: list[int] = []
+        if packed is not None:
+            packed, self._pieces = _take_pieces(packed)
+        self._packed_line_bytes = len(packed or b"") // max(sum(self._pieces), 1)
         self._handle: int = self._new() if packed is None else self._decode(packed)
         self._free = weakref.finalize(self, self._lib.terminal_free, self._handle)
         self._set_options()
@@ -145,8 +160,51 @@ class GhosttyTerminal:
             self._lib.terminal_set(self._handle, option, ctypes.cast(function, ctypes.c_void_p))
 
     def _scrollback_bytes(self) -> int:
-        """Returns about how many bytes `scrollback_lines` lines of this width take."""
-        return min(max(self.scrollback_lines * self.cols * _CELL_BYTES, _PAGE_BYTES), SCROLLBACK_MAX_BYTES)
+        """Returns about how many bytes `scrollback_lines` lines of this width take, and what is wasted beside them.
+
+        Packing makes a piece of its own of what has scrolled out since the last time, and unpacking gives each piece
+        whole pages: without that allowance 16 pieces would be all that is kept, be they of one line each.
+        """
+        size = min(max(self.scrollback_lines * self.cols * _CELL_BYTES, _PAGE_BYTES), SCROLLBACK_MAX_BYTES)
+        if self._pieces:
+            size += _SLACK_BYTES + sum(map(self._waste_bytes, self._pieces))
+        return size
+
+    def _waste_bytes(self, lines: int) -> int:
+        """Returns how much a piece takes beside its lines; most of that is never touched. The figures are measured."""
+        packed = lines * self._packed_line_bytes
+        page = _PAGE_BYTES if packed < _COLORFUL_BYTES else _COLORFUL_PAGE_BYTES
+        return max(page - lines * self.cols * 8 - 2 * packed, 0)
+
+    def _limit_scrollback(self, size: int) -> None:
+        value = ctypes.c_size_t(size)
+        self._lib.terminal_set(self._handle, vt.OPT_SCROLLBACK_MAX_BYTES, ctypes.byref(value))
+
+    def _trim_pieces(self) -> None:
+        """Takes back the allowance for pieces that are older than `scrollback_lines` lines."""
+        surplus = self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t) - self.scrollback_lines
+        if surplus <= 0:
+            return
+        while self._pieces and self._pieces[0] <= surplus:
+            surplus -= self._pieces.pop(0)
+        self._limit_scrollback(self._scrollback_bytes())
+
+    def _count_pieces(self) -> list[int]:
+        """Returns the pieces that packing makes now; on the alternate screen the lines of the last are not known."""
+        pieces = self._pieces[:]
+        if self._number(vt.DATA_ACTIVE_SCREEN, ctypes.c_int) == 1:
+            pieces.append(0)
+        else:
+            gone = sum(pieces) - self._number(vt.DATA_SCROLLBACK_ROWS, ctypes.c_size_t)
+            while pieces and gone >= pieces[0]:
+                gone -= pieces.pop(0)
+            if gone < 0:
+                pieces.append(-gone)
+            elif pieces:
+                pieces[0] -= gone
+        if len(pieces) > _PIECES_MAX:
+            pieces[:2] = [pieces[0] + pieces[1]]
+        return pieces
 
     def _write(self, data: bytes) -> None:
         self._lib.terminal_vt_write(self._handle, data, len(data))
@@ -154,6 +212,8 @@ class GhosttyTerminal:
     def feed(self, data: bytes) -> bytes:
         """Takes what the program has written; returns the terminal's answers to the queries in it."""
         self._lib.terminal_vt_write(self._handle, data, len(data))
+        if self._pieces:
+            self._trim_pieces()
         if _replies.bells:
             self.bells += _replies.bells
             _replies.bells = 0
@@ -172,6 +232,8 @@ class GhosttyTerminal:
         for size in steps:
             if self._lib.terminal_resize(self._handle, *size, 8, 16):
                 raise MemoryError("no memory for a terminal of another size")
+        if cols != self.cols:
+            self._pieces = []  # the lines were wrapped anew, into new pages
         self.cols, self.rows = cols, rows
         _replies.data.clear()
 
@@ -182,11 +244,17 @@ class GhosttyTerminal:
     def pack(self) -> bytes:
         """Returns everything about this terminal, an unfinished sequence included, for `packed` of a new one."""
         size = ctypes.c_size_t()
-        self._lib.snapshot_encode_buf(self._handle, None, 0, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        if self._lib.snapshot_encode_buf(self._handle, buffer, size.value, ctypes.byref(size)):
-            raise MemoryError("a terminal could not be packed")
-        return buffer.raw[: size.value]
+        # The limit is packed as well, and whoever unpacks this would drop lines before it can be raised.
+        self._limit_scrollback(_UNLIMITED_BYTES)
+        try:
+            self._lib.snapshot_encode_buf(self._handle, None, 0, ctypes.byref(size))
+            buffer = ctypes.create_string_buffer(size.value)
+            if self._lib.snapshot_encode_buf(self._handle, buffer, size.value, ctypes.byref(size)):
+                raise MemoryError("a terminal could not be packed")
+        finally:
+            self._limit_scrollback(self._scrollback_bytes() + (0 if self._pieces else _SLACK_BYTES))
+        pieces = self._count_pieces()
+        return b"".join((buffer.raw[: size.value], struct.pack(f"<{len(pieces)}IH", *pieces, len(pieces))))
 
     def title(self) -> str:
         """Returns the window title that the program has set, as it set it."""
@@ -610,6 +678,15 @@ def _joined(runs: list[Run]) -> list[Run]:
         else:
             out.append(run)
     return out
+
+
+def _take_pieces(packed: bytes) -> tuple[bytes, list[int]]:
+    """Returns what the library packed, and the pieces that `pack` wrote behind that."""
+    count = int.from_bytes(packed[-2:], "little")
+    at = len(packed) - 2 - 4 * count
+    if at < 0:
+        raise ValueError("these bytes are no packed terminal")
+    return packed[:at], list(struct.unpack_from(f"<{count}I", packed, at))
 
 
 def _drawn_bytes(row: Row) -> int:

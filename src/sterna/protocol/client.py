@@ -252,9 +252,9 @@ class ClientMachine:
         self._events: deque[Event] = deque()
         self._farewells: dict[int, list[bytes]] = {}
         self._parts: list[bytes] = []
-        self._parts_bytes = 0
-        self._replay_until = 0
-        self._suspected = 0
+        self._parts_bytes = self._replay_until = self._suspected = 0
+        self._lost: Lost | None = None  # what the picture that comes stands for
+        self._next_log = self.log  # the node's; ours is another one until we know where we are in it
         self._started = now
         self._leaving = False
         self._resuming = False  # a RESUME went out that may still displace the active connection
@@ -674,6 +674,7 @@ class ClientMachine:
 
     def _accepted(self, connection: _Connection, accept: Accept, now: int) -> None:
         self.uid, self.log, self.epoch = accept.uid, accept.log, accept.epoch
+        self._next_log = accept.log
         self.intake.skip(accept.output)
         self._replay_until = accept.head
         self._take_over(connection, now)
@@ -684,12 +685,10 @@ class ClientMachine:
         self._take_over(connection, now)
         # The connection that was left may have brought output since RESUME was sent: that is neither lost nor new.
         ahead = resumed.log == self.log and resumed.output <= self.intake.next <= resumed.head
-        self.epoch, self.log = resumed.epoch, resumed.log
-        self._replay_until = resumed.head
-        if not ahead and resumed.lost is not None and not resumed.snapshot:
-            self._gap(resumed.lost, resumed.output)
-        elif not ahead:
-            self.intake.skip(resumed.output)
+        self.epoch, self._next_log, self._replay_until = resumed.epoch, resumed.log, resumed.head
+        # Until a picture that is promised is there, what it stands for may have to be asked for, and named, again.
+        if not ahead and not resumed.snapshot:
+            self._go_on(resumed.lost, resumed.output)
         self.intake.told(self.intake.handled)
         if self._rejoining:
             # What the earlier process had sent beyond its last note is handled as well, or will be sent again by us.
@@ -709,23 +708,25 @@ class ClientMachine:
                 self._events.append(Roomy())
             self._send_input(now)
 
-    def _gap(self, lost: Lost, position: int) -> None:
-        self._events.append(Gap(lost.start, lost.end))
+    def _go_on(self, lost: Lost | None, position: int) -> None:
+        """Moves to `position` of the node's log; what an earlier connection brought meanwhile is not lost."""
+        if lost is not None:
+            got = self.intake.next if self.log == self._next_log else 0
+            self._events.append(Gap(min(max(lost.start, got), lost.end), lost.end))
+        self.log = self._next_log
         self.intake.skip(position)
 
     def _snapshot(self, part: messages.Snapshot) -> None:
         """Collects what repaints the screen; it moves our place in the output."""
         if part.part == 0:
-            self._parts, self._parts_bytes = [], 0
-            if part.lost is not None:
-                self._events.append(Gap(part.lost.start, part.lost.end))
+            self._parts, self._parts_bytes, self._lost = [], 0, part.lost
         self._parts.append(part.data)
         self._parts_bytes += len(part.data)
         if self._parts_bytes > limits.SNAPSHOT_MAX_BYTES or len(self._parts) > _PARTS_MAX:
             raise ProtocolError(Code.TOO_LARGE, "a snapshot is too large, or has too many parts")
         if part.last:
             data, self._parts, self._parts_bytes = b"".join(self._parts), [], 0
-            self.intake.skip(part.position)
+            self._go_on(self._lost, part.position)
             if data:
                 self._events.append(Screen(data, part.position, part.zstd))
 
@@ -794,5 +795,5 @@ class ClientMachine:
         if connection is None:
             return
         ack = self.intake.acknowledgement(now, joining)
-        if ack is not None:
+        if ack is not None and self.log == self._next_log:
             connection.link.send(_ACK, connection.handle, ack, ack.to_bytes(8, "big"))

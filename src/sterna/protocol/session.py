@@ -408,6 +408,8 @@ class Session:
         if self.attachments.get(attachment.id) is not attachment:
             return
         del self.attachments[attachment.id]
+        if attachment.lane is not None:
+            attachment.lane.used = now
         self._forget(attachment)
         if attachment.mode == "drive" and attachment.exact and not polite:
             self._away[attachment.id] = attachment.acked, now
