@@ -34,6 +34,7 @@ from sterna.protocol.link import Link
 from sterna.protocol.messages import CONTEXT_CONNECT, ConnectBody, Open, Signed
 from sterna.protocol.podside import Input, PodSession
 from sterna.transport.pump import Pump, Reactor
+from sterna.transport.tls import TlsSocket
 from sterna.trust.device import DeviceKey
 from sterna.trust.pins import local_pin
 
@@ -282,7 +283,7 @@ class LoadClient:
             self.machine.dial_failed(number, time.monotonic_ns(), refused=True)
         else:
             self.shaking[number] = None
-            tls = self.fleet.context.wrap_socket(sock, do_handshake_on_connect=False)
+            tls = TlsSocket(sock, self.fleet.context)
             # The machine's own link: what it queues there goes out without a copy.
             link = self.machine._connections[number].link
             self.machine.connected(number, time.monotonic_ns())
@@ -305,8 +306,6 @@ class LoadClient:
             sock.close()
         pump = self.pumps.pop(number, None)
         if pump is not None:
-            if parts := self.machine.farewell(number):
-                pump.socket.send(b"".join(parts))
             pump.abort("dropped")
 
     def received(self, pump: Pump, data: memoryview) -> None:

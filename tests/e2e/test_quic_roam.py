@@ -1,7 +1,4 @@
-"""A client that changes its address, in network namespaces, while 100 numbered lines a second come over QUIC.
-
-Run as a program it is that client: `test_quic_roam STATE HOST PORT QUIC_PORT SECONDS`.
-"""
+"""A client (quic_roamer.py) that changes its address, in network namespaces, while 100 numbered lines a second come."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sterna.client.blocking import connect
+from sterna.client.endpoint import WAYS_FILE
 from tests.integration.test_quic import QuicRig
 
 LAB = Path(__file__).parents[3] / "shared" / "lab" / "netns.sh"
@@ -62,15 +59,27 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuicRig]:
         subprocess.run([os.fspath(LAB), "down", os.fspath(lab)], check=False, capture_output=True)
 
 
+def start(rig: QuicRig, seconds: float, quic_port: int | None = None) -> subprocess.Popen[str]:
+    words = ["nsenter", f"--net=/run/netns/{CLIENT}", sys.executable, "-m", "tests.e2e.quic_roamer"]
+    words += [os.fspath(rig.state), NODE, str(rig.port), str(rig.quic_port if quic_port is None else quic_port)]
+    env = {name: value for name, value in rig.env.items() if name != "STERNA_QUIC_PORT"}
+    return subprocess.Popen([*words, str(seconds)], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def address() -> str:
+    """The client's address now."""
+    shown = json.loads(subprocess.check_output(["ip", "-n", CLIENT, "-json", "-4", "addr", "show", "eth0"]))
+    found: str = shown[0]["addr_info"][0]["local"]
+    return found
+
+
 def test_nothing_is_lost_or_doubled_and_the_echo_is_back_within_50_ms(rig: QuicRig) -> None:
-    words = ["nsenter", f"--net=/run/netns/{CLIENT}", sys.executable, "-m", "tests.e2e.test_quic_roam"]
-    words += [os.fspath(rig.state), NODE, str(rig.port), str(rig.quic_port), str(1.0 * CHANGES + 1.0)]
-    with subprocess.Popen(words, env=rig.env, stdout=subprocess.PIPE, text=True) as client:
+    with start(rig, 1.0 * CHANGES + 1.0) as client:
         assert client.stdout is not None
         try:
             assert client.stdout.readline() == "ready\n"
             changes = []
-            at = 12
+            at = int(address().rpartition(".")[2])
             # New addresses, and the first one again: a peer may come back to where it was.
             for last in (*range(21, 20 + CHANGES), 12):
                 changes.append(change(at, last))
@@ -91,15 +100,11 @@ def test_nothing_is_lost_or_doubled_and_the_echo_is_back_within_50_ms(rig: QuicR
 
 
 def test_a_while_without_any_address_costs_nothing_but_that_while(rig: QuicRig) -> None:
-    words = ["nsenter", f"--net=/run/netns/{CLIENT}", sys.executable, "-m", "tests.e2e.test_quic_roam"]
-    words += [os.fspath(rig.state), NODE, str(rig.port), str(rig.quic_port), "5.0"]
-    with subprocess.Popen(words, env=rig.env, stdout=subprocess.PIPE, text=True) as client:
+    with start(rig, 5.0) as client:
         assert client.stdout is not None
         try:
             assert client.stdout.readline() == "ready\n"
-            before = json.loads(subprocess.check_output(["ip", "-n", CLIENT, "-json", "-4", "addr", "show", "eth0"]))
-            now = before[0]["addr_info"][0]["local"]
-            subprocess.run(["ip", "-n", CLIENT, "addr", "del", f"{now}/24", "dev", "eth0"], check=True)
+            subprocess.run(["ip", "-n", CLIENT, "addr", "del", f"{address()}/24", "dev", "eth0"], check=True)
             time.sleep(1.5)
             subprocess.run(["ip", "-n", CLIENT, "addr", "add", f"{SUBNET}.77/24", "dev", "eth0"], check=True)
             done = time.monotonic()
@@ -113,53 +118,60 @@ def test_a_while_without_any_address_costs_nothing_but_that_while(rig: QuicRig) 
     assert back < 0.5
 
 
+def test_a_client_that_moves_goes_over_to_quic_and_remembers_it(rig: QuicRig) -> None:
+    """The first change is got over by TCP, which QUIC follows; the second one by a migration; the next begins so."""
+    (rig.state / "client" / WAYS_FILE).unlink(missing_ok=True)
+    with start(rig, 6.0, 0) as client:
+        assert client.stdout is not None
+        try:
+            assert client.stdout.readline() == "ready\n"
+            at = int(address().rpartition(".")[2])
+            changes = [change(at, 41)]
+            time.sleep(3.0)
+            changes.append(change(41, 42))
+            found: dict[str, Any] = json.loads(client.stdout.readline())
+        finally:
+            client.terminate()
+    lines = found["lines"]
+    back = [min(came for sent, came in found["echoes"] if sent >= done) - done for done in changes]
+    print(f"{len(lines)} lines; echo back after {back[0] * 1000:.0f} and {back[1] * 1000:.0f} ms; {found['over']}")
+    assert lines == list(range(lines[0], lines[0] + len(lines)))
+    assert not found["loaded"], "no start waits for QUIC to be imported"
+    assert [over for _, over in found["over"]] == ["tcp", "tcp", "quic"]
+    assert back[0] <= 0.2
+    assert back[1] <= 0.05
+    assert (rig.state / "client" / WAYS_FILE).read_text() == f"{NODE}:{rig.port} quic {rig.quic_port}\n"
+    with start(rig, 3.0, 0) as client:
+        found = json.loads(client.communicate(timeout=10)[0].splitlines()[-1])
+    assert [over for _, over in found["over"]] == ["tcp", "quic"]
+
+
+def test_where_tcp_does_not_get_through_any_more_quic_does(rig: QuicRig) -> None:
+    """The rest of the network works: the session goes on over QUIC, whose port the node has told."""
+    (rig.state / "client" / WAYS_FILE).unlink(missing_ok=True)
+    rules = f"table inet cut {{ chain in {{ type filter hook input priority 0; tcp dport {rig.port} drop; }}; }};"
+    nft = ["nsenter", f"--net=/run/netns/{NAMES}-h1", "nft"]
+    with start(rig, 4.0, 0) as client:
+        assert client.stdout is not None
+        try:
+            assert client.stdout.readline() == "ready\n"
+            time.sleep(1.0)
+            subprocess.run([*nft, "-f", "-"], input=rules, text=True, check=True)
+            done = time.monotonic()
+            found: dict[str, Any] = json.loads(client.stdout.readline())
+        finally:
+            client.terminate()
+            subprocess.run([*nft, "delete", "table", "inet", "cut"], check=True)
+    lines = found["lines"]
+    back = min(came for sent, came in found["echoes"] if sent >= done) - done
+    print(f"{len(lines)} lines; echo back {back * 1000:.0f} ms after TCP was blocked; {found['over']}")
+    assert lines == list(range(lines[0], lines[0] + len(lines)))
+    assert found["over"][-1][1] == "quic"
+    assert back < 2.5
+
+
 def change(before: int, after: int) -> float:
     """Gives the client another address; returns when that was done (CLOCK_MONOTONIC, the same in all processes)."""
     batch = f"addr del {SUBNET}.{before}/24 dev eth0\naddr add {SUBNET}.{after}/24 dev eth0\n"
     subprocess.run(["ip", "-n", CLIENT, "-batch", "-"], input=batch, text=True, check=True)
     return time.monotonic()
-
-
-def run(state: str, host: str, port: int, quic_port: int, seconds: float) -> None:
-    os.environ["STERNA_QUIC_PORT"] = str(quic_port)
-    os.environ["STERNA_STATE"] = state
-    session = connect("both", new=True, state=state, host=host, port=port, timeout=10.0)
-    driver = session._driver
-    machine = driver.machine
-    seen, due = b"", 0.0
-    sent_at: dict[int, float] = {}
-    lines: list[int] = []
-    echoes: list[tuple[float, float]] = []
-    numbers: list[int] = []
-    start = 0.0
-    while not start or time.monotonic() < start + seconds:
-        now = time.monotonic()
-        if not start and machine.active in driver._quics:
-            start = now
-            session.events()
-            print("ready", flush=True)
-        if start and machine.active is not None and machine.active not in numbers:
-            numbers.append(machine.active)
-        if now >= due:
-            due = now + 0.005
-            sent_at[len(sent_at)] = now
-            session.write(b"%d\n" % (len(sent_at) - 1), timeout=10.0)
-        try:
-            seen += session.read(timeout=max(due - time.monotonic(), 0.0))
-        except TimeoutError:
-            continue
-        now = time.monotonic()
-        *whole, seen = seen.split(b"\n")
-        for line in whole:
-            kind, _, number = line.partition(b" ")
-            if kind == b"L":
-                lines.append(int(number))
-            else:
-                echoes.append((sent_at[int(number)], now))
-    troubles = [repr(event) for event in session.events()]
-    print(json.dumps({"lines": lines, "echoes": echoes, "numbers": numbers, "troubles": troubles}), flush=True)
-    session.abort()
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))

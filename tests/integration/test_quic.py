@@ -32,8 +32,9 @@ from sterna.client.endpoint import WAYS_FILE
 from sterna.node.app import Node
 from sterna.node.config import NodeConfig
 from sterna.protocol.client import Trouble
-from sterna.transport.quic import BEGIN_PER_TURN_MAX, RETRY_ABOVE, QuicListener, server_configuration, udp_socket
+from sterna.transport.quic import BEGIN_PER_TURN_MAX, RETRY_ABOVE, QuicListener, server_configuration
 from sterna.transport.quic_client import QuicChannel
+from sterna.transport.udp import udp_socket
 from tests.e2e.rig import Daemon, Rig, wait_for
 
 HERE = Path(__file__)
@@ -112,7 +113,7 @@ class Relay:
         self._back: dict[tuple[str, int], socket.socket] = {}
         self._lock = threading.Lock()
         self.blocked = False
-        self.passed = 0
+        self.passed = self.passed_bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -141,6 +142,7 @@ class Relay:
         if self.blocked:
             return
         self.passed += 1
+        self.passed_bytes += len(data) + 28  # with the headers of IP and UDP
         if sock is not self.front:
             self.front.sendto(data, next(client for client, each in back.items() if each is sock))
             return
@@ -201,6 +203,10 @@ class Over:
             self.driver.turn(time.monotonic_ns() + 2_000_000)
         return time.monotonic() - start
 
+    def turn(self, seconds: float) -> None:
+        """Lets the driver work for a while."""
+        turn(self.driver, seconds)
+
     def move(self) -> None:
         """Waits until the session has gone over to QUIC."""
         self.turn_until(lambda: self.quic() is not None)
@@ -223,7 +229,7 @@ def over(rig: QuicRig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Over]:
     over.session.abort()
 
 
-def test_a_session_goes_over_to_quic_without_a_word(over: Over) -> None:
+def test_a_session_goes_over_to_quic_without_a_word(rig: QuicRig, over: Over) -> None:
     assert over.quic() is None, "nothing is known yet: the first connection goes over TCP"
     over.echo()
     over.move()
@@ -231,7 +237,7 @@ def test_a_session_goes_over_to_quic_without_a_word(over: Over) -> None:
     print(f"echo p50 {times[100] * 1000:.2f} ms, p99 {times[197] * 1000:.2f} ms")
     assert over.quic() is not None
     assert [event for event in over.happened if isinstance(event, Trouble) and event.since is not None] == []
-    assert Path(over.ways._path).read_text().endswith(" quic\n")
+    assert Path(over.ways._path).read_text().endswith(f" quic {rig.quic_port}\n")
 
 
 def test_a_nat_that_gives_another_port_is_not_noticed(
@@ -247,11 +253,89 @@ def test_a_nat_that_gives_another_port_is_not_noticed(
             relay.rebind()
             times.append(over.echo(b"after the change"))
         print("echo after a change of port: " + ", ".join(f"{each * 1000:.1f} ms" for each in times))
-        assert max(times) < 0.2
+        assert max(times) < 0.05
         assert over.driver.machine.active == number, "it went on without a resume"
         assert not [event for event in over.happened if isinstance(event, Trouble) and event.since is not None]
     finally:
         over.session.abort()
+
+
+def test_a_key_and_its_echo_take_three_datagrams(rig: QuicRig, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = Over(rig, relay.port, monkeypatch)
+    try:
+        over.move()
+        for _ in range(5):
+            over.echo(b"k")
+        before = relay.passed, relay.passed_bytes
+        for _ in range(40):
+            over.echo(b"k")
+            over.turn(0.03)
+        keys, octets = (relay.passed - before[0]) / 40, (relay.passed_bytes - before[1]) / 40
+        print(f"{keys:.2f} datagrams, {octets:.0f} bytes a key")
+        assert keys <= 3.2
+        assert octets <= 260
+    finally:
+        over.session.abort()
+
+
+def test_an_idle_session_costs_no_more_than_its_heartbeat(
+    rig: QuicRig, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After typing the path is asked once a second, as over TCP: PING, PONG, and what acknowledges that."""
+    over = Over(rig, relay.port, monkeypatch)
+    try:
+        over.move()
+        over.echo()
+        over.turn(0.5)
+        before = relay.passed
+        asked: list[object] = []
+        monkeypatch.setattr(over.driver.machine, "_ping", counted(over.driver.machine._ping, asked))
+        over.turn(3.0)
+        print(f"{relay.passed - before} datagrams in 3 s, {len(asked)} PINGs")
+        assert asked
+        assert relay.passed - before <= 4 * len(asked)
+    finally:
+        over.session.abort()
+
+
+def counted(function: Callable[..., None], calls: list[object]) -> Callable[..., None]:
+    def call(*args: object) -> None:
+        calls.append(args)
+        function(*args)
+
+    return call
+
+
+def test_the_port_is_the_nodes_word_and_used_only_when_there_is_a_reason(
+    rig: QuicRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STERNA_QUIC_PORT", raising=False)
+    monkeypatch.setattr(driver, "_SETTLED", 0)
+    (rig.state / "client" / WAYS_FILE).unlink(missing_ok=True)
+    place: dict[str, Any] = {"state": os.fspath(rig.state), "host": "127.0.0.1", "port": rig.port, "timeout": 10.0}
+    for named, port in ((None, rig.quic_port), (0, 0)):
+        session = connect_blocking("cat", new=True, quic_port=named, **place)
+        try:
+            inner = session._driver
+            ways = inner.endpoint.ways
+            assert [address[1] for _, address in ways.targets] == ([port] if port else [])
+            turn(inner, 0.2)
+            assert not inner._quics, "on the network where it began it stays with TCP"
+            ways.moves = True
+            assert ways.wanted == bool(port)
+            start = time.monotonic()
+            while port and inner.machine.active not in inner._quics:
+                assert time.monotonic() - start < 5.0
+                turn(inner, 0.02)
+        finally:
+            session.abort()
+
+
+def turn(inner: driver.PollDriver, seconds: float) -> None:
+    """Lets a driver work for a while."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        inner.turn(int(end * 1e9))
 
 
 def test_where_udp_is_blocked_from_the_start_nothing_is_noticed(
@@ -314,7 +398,7 @@ def test_output_goes_on_within_half_a_second_after_udp_is_blocked(
         print(f"{len(numbers)} lines, the longest pause was {gap * 1000:.0f} ms")
         assert numbers == list(range(len(numbers)))
         assert over.quic() is None
-        assert gap < 0.6
+        assert gap <= 0.5
     finally:
         over.session.abort()
 

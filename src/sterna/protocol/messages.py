@@ -74,7 +74,7 @@ class Accept(Message, frozen=True, gc=False):
     """ACCEPT: the session is there; DATA continues at `output`, input is wanted from `input`.
 
     `window` is in bytes, `keepalive` in seconds; `snapshot` says that a SNAPSHOT comes before any DATA; output before
-    `head` is history, whose questions to a terminal nobody waits for any more.
+    `head` is history, whose questions to a terminal nobody waits for any more. `quic` is the UDP port, 0 if none.
     """
 
     uid: bytes
@@ -94,6 +94,7 @@ class Accept(Message, frozen=True, gc=False):
     mode: Mode = "drive"
     state: str = "active"
     head: Position = 0
+    quic: int = 0
 
 
 class ResumeBody(Message, frozen=True, gc=False):

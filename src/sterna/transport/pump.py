@@ -20,6 +20,7 @@ READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
 _BUDGET_BYTES = READ_BYTES - _RECORD_BYTES
 _LINGER_SECONDS = 1.0
+_LINGER_MAX_BYTES = 4 * 1024 * 1024
 _READ_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -144,8 +145,8 @@ class Pump:
     """
 
     __slots__ = (
-        "_closed", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_raw", "_reactor", "_sock", "_timer",
-        "_tls", "_writing", "data", "link", "owner", "peer",
+        "_closed", "_discards", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_raw", "_reactor", "_sock",
+        "_timer", "_tls", "_writing", "data", "link", "owner", "peer",
     )  # fmt: skip
 
     def __init__(
@@ -166,6 +167,7 @@ class Pump:
         self._pending: memoryview | None = None
         self._writing = self._closed = self._marked = False
         self._timer: asyncio.TimerHandle | None = None
+        self._discards = _LINGER_MAX_BYTES
         link.wake = self._wake
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -337,9 +339,10 @@ class Pump:
         self._reactor.loop.remove_writer(self._fd)
 
     def close(self) -> None:
-        """Ends the connection after what was sent: says so, then waits a second for the other side's end.
+        """Ends the connection after what was sent: says so, then waits for the other side's end.
 
-        Closing at once while the peer still sends would reset the connection and take the last ERROR with it.
+        Closing at once while the peer still sends would reset the connection and take the last ERROR with it; one that
+        goes on for a second, or for 4 MiB, does not want to read it.
         """
         if self._closed:
             return
@@ -351,14 +354,16 @@ class Pump:
         self._timer = loop.call_later(_LINGER_SECONDS, self._gone)
 
     def _discard(self) -> None:
+        """Reads what still comes, one buffer each time: others have their turn, too."""
         try:
-            while self._raw.recv_into(self._reactor.view):
-                pass
+            count = self._raw.recv_into(self._reactor.view)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            pass
-        self._gone()
+            count = 0
+        self._discards -= count
+        if not count or self._discards < 0:
+            self._gone()
 
     def _gone(self) -> None:
         self._reactor.loop.remove_reader(self._fd)

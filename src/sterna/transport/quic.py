@@ -14,7 +14,6 @@ import asyncio
 import errno
 import hashlib
 import hmac
-import logging
 import os
 import re
 import socket
@@ -26,17 +25,15 @@ from collections.abc import Callable, Iterable
 from qh3._hazmat import pull_quic_header
 from qh3.quic import events
 from qh3.quic.configuration import QuicConfiguration
-from qh3.quic.connection import QuicConnection
 from qh3.quic.packet import QuicPacketType, encode_quic_retry, encode_quic_version_negotiation
 
 from sterna import limits
-from sterna.errors import ConfigError, UsageError
+from sterna.errors import ConfigError
 from sterna.protocol.link import Link
 from sterna.transport.pump import _NOBODY, Conduit, Owner, Reactor, _ignore
+from sterna.transport.quic_connection import PatientConnection
+from sterna.transport.udp import Address, runs, send_run
 from sterna.trust.tls import ALPN
-
-# qh3 tells every closed connection as a warning; who wants to know hears it from the conduit's end.
-logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 IDLE_SECONDS = 60.0
 STREAM_WINDOW_BYTES = 4 * limits.WINDOW_BYTES
@@ -53,7 +50,6 @@ _CID_MAX_BYTES = 20
 _DATAGRAM_MAX_BYTES = 4_096
 _INITIAL_MIN_BYTES = 1_200  # RFC 9000, section 14.1
 _BATCH = 64
-_SOCKET_BYTES = 4 * 1024 * 1024
 _TOKEN = struct.Struct("!dB")
 _TOKEN_SECONDS = 10.0
 _MAC_BYTES = 16
@@ -65,27 +61,8 @@ _NO_ERROR, _REFUSED = 0, 1
 _APPLICATION = 0x100
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----.+?-----END \1-----\r?\n?", re.DOTALL)
 
-Address = tuple[str, int] | tuple[str, int, int, int]
 Adopt = Callable[[Callable[[Link, Owner], Conduit]], bool]
 """Takes what makes a conduit for a link; False, and nothing is begun, when there are too many (`Node.adopt`)."""
-
-
-def udp_socket(host: str, port: int) -> socket.socket:
-    """Returns a bound UDP socket; UsageError when the address is in use or is not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"UDP port {port} on {host} is in use; stop what listens there or choose another with --quic-port."
-            ) from None
-        raise UsageError(f"Cannot listen on {host} UDP port {port}: {error.strerror}.") from None
-    return sock
 
 
 def server_configuration(pem: bytes) -> QuicConfiguration:
@@ -234,7 +211,7 @@ class QuicPeer:
     )  # fmt: skip
 
     def __init__(
-        self, listener: QuicListener, quic: QuicConnection, address: Address, adopt: Adopt,
+        self, listener: QuicListener, quic: PatientConnection, address: Address, adopt: Adopt,
         initial: tuple[int, bytes, bytes] | None,
     ) -> None:  # fmt: skip
         """`initial` is what a Retry has to name (version, IDs of node and client); None after one."""
@@ -272,7 +249,7 @@ class QuicPeer:
         try:
             if address != self.address:
                 self._consider(address, len(data), now)
-            self._quic.receive_datagram(data, self._first, now)
+            self._quic.take_run(data, len(data), self._first, now)
         except Exception as error:  # noqa: BLE001  # whatever hostile bytes make its parsers raise
             self.drop(f"broken packets: {error}")
 
@@ -444,8 +421,17 @@ class QuicPeer:
         if listener.full:
             listener.wait(self)
             return
+        quic, now = self._quic, time.monotonic()
         try:
-            datagrams = self._quic.datagrams_to_send(time.monotonic())
+            # Before the handshake is done all of it or nothing: see below.
+            for whole, _ in () if self.ready else quic.datagrams_to_send(now):
+                listener.send(whole, self._where(len(whole)))
+            for run in runs(iter(lambda: quic.next_datagram(now), None)):
+                if self._candidate is None:
+                    listener.send_run(run, self.address)
+                else:
+                    for data in run:
+                        listener.send(data, self._where(len(data)))
         except Exception as error:  # noqa: BLE001  # a broken connection must not end the others
             self.drop(f"broken connection: {error}")
             if self._initial is not None and not self.ready:
@@ -453,8 +439,6 @@ class QuicPeer:
                 # sent nothing yet, so the client can still be asked for its address, which ends the limit.
                 self._listener.retry(*self._initial, self.address)
             return
-        for data, _ in datagrams:
-            listener.send(data, self._where(len(data)))
         self._arm()
 
     def unblock(self) -> None:
@@ -538,6 +522,7 @@ class QuicListener:
         self._begun = 0
         self._waiting: deque[tuple[bytes, Address]] = deque()
         self._held: dict[QuicPeer, None] = {}
+        self._runs = True
         self._sweep: asyncio.TimerHandle | None = None
         self.retries = self.evicted = self.moves = 0
         reactor.loop.add_reader(sock.fileno(), self._readable)
@@ -627,7 +612,7 @@ class QuicListener:
         self._begun += 1
         self._make_room(address[0])
         try:
-            quic = QuicConnection(
+            quic = PatientConnection(
                 configuration=self.configuration, original_destination_connection_id=original,
                 retry_source_connection_id=retried,
             )  # fmt: skip
@@ -761,6 +746,18 @@ class QuicListener:
         except OSError:
             pass  # no route, or too large: the same as a loss
 
+    def send_run(self, run: list[bytes], address: Address) -> None:
+        """Sends datagrams in one call, if it can."""
+        if self._runs and not self._waiting:
+            try:
+                send_run(self._sock, run, address)
+                return
+            except OSError as error:
+                # What no interface on the way there can take apart, none will.
+                self._runs = error.errno not in (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT)
+        for data in run:
+            self.send(data, address)
+
     def _writable(self) -> None:
         waiting = self._waiting
         while waiting:
@@ -789,4 +786,4 @@ class QuicListener:
             self._sock.close()
 
 
-__all__ = ["IDLE_SECONDS", "QuicListener", "QuicStream", "server_configuration", "udp_socket"]
+__all__ = ["IDLE_SECONDS", "QuicListener", "QuicStream", "server_configuration"]

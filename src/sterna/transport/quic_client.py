@@ -7,7 +7,6 @@ that on an asyncio loop. Importing this module takes 30 to 60 ms (qh3), so drive
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import ssl
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from qh3.quic import events
 from qh3.quic.configuration import QuicConfiguration
-from qh3.quic.connection import QuicConnection
 
 from sterna import limits
+from sterna.transport import udp
+from sterna.transport.quic_connection import PatientConnection
 from sterna.trust.tls import ALPN
 from sterna.units import MILLISECOND, SECOND
 
@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 
     from sterna.transport.pump import Reactor
 
-logging.getLogger("quic").setLevel(logging.CRITICAL)
-
 IDLE_SECONDS = 60.0
 WINDOW_BYTES = 4 * limits.WINDOW_BYTES
 _STREAM = 0
-_DATAGRAM_MAX_BYTES = 4_096
-_BATCH = 64
-_SOCKET_BYTES = 4 * 1024 * 1024
+_FULL_BYTES = 1_000
+_READ_BYTES = 128 * 1024
 _INITIAL_RTT_SECONDS = 0.1
-_BUSY_SECONDS = 2
+_BUSY_MS, _STEADY_MS = 500, 500
 _BAD_CERTIFICATES = range(0x100 + 42, 0x100 + 50)  # CRYPTO_ERROR with a certificate's alert (RFC 8446, section 6.2)
 _AGAIN = (BlockingIOError, InterruptedError)
 
@@ -53,19 +50,19 @@ class QuicChannel:
         self._family = family
         self._address = address
         self._sock = self._open()
-        self._quic = QuicConnection(
+        self._quic = PatientConnection(
             configuration=QuicConfiguration(
                 is_client=True, alpn_protocols=[ALPN], idle_timeout=IDLE_SECONDS, max_data=4 * WINDOW_BYTES,
                 max_stream_data=WINDOW_BYTES, cadata=ssl.DER_cert_to_PEM_cert(ca).encode("ascii"),
                 verify_hostname=False, initial_rtt=_INITIAL_RTT_SECONDS,
             )
         )  # fmt: skip
-        self._blocked: list[bytes] = []
+        self._blocked = b""
         self._pings = 0
         self._probe = 0
         self._probe_answered = 0
         self._waits_since = -1
-        self._began = self._heard = self._busy = self._asked = time.monotonic_ns()
+        self._began = self._heard = self._busy = self._asked = self._came = self._run = time.monotonic_ns()
         self.rtt_ms = 0
         self.established = False
         self.ended = False
@@ -89,10 +86,9 @@ class QuicChannel:
         return str(self._sock.getsockname()[0])
 
     def _open(self) -> socket.socket:
-        sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        sock = udp.open_udp(self._family)
+        udp.join(sock)
         try:
-            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
             sock.connect(self._address)
         except OSError:
             sock.close()
@@ -102,12 +98,14 @@ class QuicChannel:
     # ---- in ----------------------------------------------------------------------------------------------------
 
     def receive(self) -> bytes:
-        """Reads what is there, at most 64 datagrams, answers it, and returns the bytes of the stream."""
-        quic, address, now = self._quic, self._address, time.monotonic()
+        """Reads what is there, not too much at once, answers it, and returns the bytes of the stream."""
+        quic, address, now, left = self._quic, self._address, time.monotonic(), _READ_BYTES
         try:
-            for _ in range(_BATCH):
-                quic.receive_datagram(self._sock.recv(_DATAGRAM_MAX_BYTES), address, now)
-                self._heard = time.monotonic_ns()
+            while left > 0:
+                data, size = udp.receive(self._sock)
+                if data and quic.take_run(data, size, address, now):
+                    self._heard = time.monotonic_ns()
+                left -= len(data) if len(data) >= _FULL_BYTES else left  # after a small one most likely none is there
         except _AGAIN:
             pass
         except OSError as error:
@@ -116,16 +114,16 @@ class QuicChannel:
                 self._end(f"{os.strerror(error.errno or 0)}")
         except Exception as error:  # noqa: BLE001  # whatever hostile bytes make its parsers raise
             self._end(f"broken packets: {error}")
-        data = self._deal()
+        came = self._deal()
         self._transmit()
-        return data
+        return came
 
     def _deal(self) -> bytes:
         parts: list[bytes] = []
         while (event := self._quic.next_event()) is not None:
             if isinstance(event, events.StreamDataReceived):
                 if event.stream_id == _STREAM:
-                    self._busy = self._heard
+                    self._note_data(self._heard)
                     parts.append(event.data)
                     self.ended |= event.end_stream
             elif isinstance(event, events.HandshakeCompleted):
@@ -145,6 +143,11 @@ class QuicChannel:
             self.stranger |= not self.established and close.error_code in _BAD_CERTIFICATES
             self._end(close.reason_phrase or "the node closed the connection")
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _note_data(self, now: int) -> None:
+        if now - self._came > _STEADY_MS // 2 * MILLISECOND:
+            self._run = now
+        self._came = self._busy = now
 
     def _end(self, reason: str) -> None:
         self.over = self.over or reason
@@ -168,12 +171,9 @@ class QuicChannel:
 
     def flush(self) -> None:
         """Goes on when the socket takes datagrams again."""
-        blocked, self._blocked = self._blocked, []
-        for number, data in enumerate(blocked):
-            if not self._put(data):
-                self._blocked = blocked[number:]
-                return
-        self._transmit()
+        if self._put(self._blocked):
+            self._blocked = b""
+            self._transmit()
 
     def _put(self, data: bytes) -> bool:
         try:
@@ -187,15 +187,14 @@ class QuicChannel:
     def _transmit(self) -> None:
         if self._blocked or self._sock.fileno() < 0:
             return
+        now = time.monotonic()
         try:
-            datagrams = self._quic.datagrams_to_send(time.monotonic())
+            while (data := self._quic.next_datagram(now)) is not None:
+                if not self._put(data):
+                    self._blocked = data
+                    return
         except Exception as error:  # noqa: BLE001  # its errors have no common base
             self._end(f"broken connection: {error}")
-            return
-        for number, (data, _) in enumerate(datagrams):
-            if not self._put(data):
-                self._blocked = [each for each, _ in datagrams[number:]]
-                return
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -228,12 +227,16 @@ class QuicChannel:
 
     @property
     def busy(self) -> bool:
-        """Whether bytes of the session came or went lately."""
-        return bool(time.monotonic_ns() - self._busy < _BUSY_SECONDS * SECOND)
+        """Whether bytes of the session came or went just now: silence would tell something."""
+        return bool(time.monotonic_ns() - self._busy < _BUSY_MS * MILLISECOND)
 
     def watch(self, quiet_ms: int) -> None:
-        """Asks whether the path still works, if nothing came for `quiet_ms` although bytes came or went lately."""
-        if self.answered and self.busy and time.monotonic_ns() - self._heard >= quiet_ms * MILLISECOND:
+        """Asks, once in each silence, whether the path still works if what came steadily stops for `quiet_ms`.
+
+        What comes now and then, as echoes and answers do, may stop at any time: that is left to the heartbeat.
+        """
+        steady = self._came - self._run >= _STEADY_MS * MILLISECOND
+        if steady and self._asked < self._came and time.monotonic_ns() - self._heard >= quiet_ms * MILLISECOND:
             self.probe()
 
     # ---- paths -------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ class QuicChannel:
         if moved:
             old, self._sock = self._sock, sock
             old.close()
-            self._blocked = []
+            self._blocked = b""
             self._renew_id()
         else:
             sock.close()
