@@ -1,0 +1,158 @@
+"""The daemon itself, put together out of its parts."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from sterna.remote import build, files, git, processes
+from sterna.remote.directories import remove
+from sterna.remote.dispatch import FEATURES, METHODS, Dispatcher
+from sterna.remote.environment import TOKEN_PIPE, own_environment
+from sterna.remote.failure import StartError
+from sterna.remote.flags import duration_text
+from sterna.remote.gotext import text_of
+from sterna.remote.log import Log
+from sterna.remote.loginpath import LoginPath
+from sterna.remote.loop import Loop
+from sterna.remote.metrics import Metrics, MetricsServer
+from sterna.remote.server import Server
+from sterna.remote.spawn import raise_descriptor_limit
+from sterna.remote.token import FILE_NAME, checked, persist, read_descriptor, read_file
+from sterna.remote.workers import Workers
+
+if TYPE_CHECKING:
+    from sterna.remote.calls import Result
+    from sterna.remote.flags import Flags
+
+_SWITCH_SECONDS = 0.0005  # for so long a busy worker may keep the loop from running
+
+
+def serve(flags: Flags, path: str) -> NoReturn:
+    """Serves at `path` until it is told to stop, then ends the process. Raises `StartError` when it cannot start."""
+    Daemon(flags, path).run()
+
+
+def _entry(environment: list[bytes], name: bytes) -> str:
+    return next(
+        (text_of(entry[len(name) + 1 :]) for entry in reversed(environment) if entry.startswith(name + b"=")), ""
+    )
+
+
+class Daemon:
+    """All parts of a running daemon."""
+
+    def __init__(self, flags: Flags, path: str) -> None:
+        self._flags, self._path = flags, path
+        self._environment = own_environment()
+        self._log = Log(_entry(self._environment, b"CLAUSTRUM_LOG_LEVEL"))
+        self._token = self._read_token()
+        _keep_descriptors()
+        raise_descriptor_limit()
+        home = _entry(self._environment, b"HOME")
+        self._loop = loop = Loop(self._failed)
+        metrics = Metrics()
+        self._metrics_server = MetricsServer(loop, metrics, self._log)
+        self._login_path = LoginPath(loop, self._log)
+        self._processes = processes.Processes(loop, self._log, metrics, self._login_path, self._environment, home)
+        seconds = flags.ints["git-timeout"]
+        methods = files.Files(
+            home,
+            regular_only=flags.bools["files-read-regular-only"],
+            extract_max_bytes=flags.ints["max-extract-bytes"],
+        ).methods
+        self._dispatcher = Dispatcher(
+            self._log,
+            Workers(loop.post),
+            self._token,
+            inline=self._processes.methods,
+            threaded={**methods, **git.Git(self._environment, home, seconds / 1e9, duration_text(seconds)).methods},
+            fields={**files.FIELDS, **git.FIELDS, **processes.FIELDS},
+            server=_server_results(),
+            shut_down=self._stop,
+        )
+        self._server = Server(loop, self._log, metrics, self._dispatcher.handle)
+
+    def _read_token(self) -> bytes:
+        pipe = os.environ.pop(TOKEN_PIPE, "")
+        if pipe.isdigit():
+            raw = read_descriptor(int(pipe))
+            os.close(int(pipe))
+        elif self._flags.ints["token-fd"] >= 0:
+            raw = read_descriptor(self._flags.ints["token-fd"])
+        elif self._flags.texts["token-file"]:
+            raw, problem = read_file(self._flags.texts["token-file"])
+            if problem:
+                self._log.warn(f"[daemon] failed to remove token file: {problem}")
+        else:
+            raise StartError("daemonized child requires --token-file or --token-fd")
+        return checked(raw)
+
+    def run(self) -> NoReturn:
+        """Listens, serves, and ends the process."""
+        self._login_path.start(_entry(self._environment, b"SHELL"), self._environment)
+        try:
+            self._server.listen(self._path)
+        except OSError as error:
+            raise StartError(f"listen unix: {error}") from error
+        directory = os.path.dirname(self._path) or "."
+        problem = persist(self._token, directory)
+        if problem:
+            self._log.warn(f"[daemon] failed to persist token: {problem}")
+        if self._flags.texts["metrics-addr"]:
+            self._metrics_server.listen(self._flags.texts["metrics-addr"])
+        if self._flags.bools["listen-pipe"]:
+            self._log.warn("[daemon] -listen-pipe is only for Windows and ignored here")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._loop.post(self._stop))
+        self._log.plain(f"Claustrum remote server listening on {self._path}")
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()
+        self._loop.run()
+        self._close()
+        os._exit(0)  # workers may wait for a pipe or a slow disk
+
+    def _failed(self, error: BaseException) -> None:
+        self._log.error(f"[Server] recovered panic: {error!r}")
+
+    def _stop(self) -> None:
+        self._loop.stop()
+
+    def _close(self) -> None:
+        self._server.close_listener()
+        self._metrics_server.close()
+        for name in (self._path, os.path.join(os.path.dirname(self._path) or ".", FILE_NAME)):
+            remove(name)
+        if self._flags.bools["keep-children"]:
+            alive = self._processes.alive()
+            self._log.info(f"[Server] -keep-children: leaving {alive} running child process(es) alive across shutdown")
+        else:
+            self._processes.kill_all()
+        self._server.close_connections()
+
+
+def _keep_descriptors() -> None:
+    """Keeps what was inherited from children, and the numbers 0 to 2 from pipes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                pass
+
+
+def _server_results() -> dict[str, Result]:
+    version = build.version()
+    return {
+        "server.version": {"version": version, "platform": build.PLATFORM, "arch": build.arch()},
+        "server.capabilities": {"version": version, "methods": list(METHODS), "features": list(FEATURES)},
+    }

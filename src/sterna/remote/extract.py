@@ -1,0 +1,182 @@
+"""The method `files.extract_tar`: an archive replaces a directory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from sterna.errors import SternaError
+from sterna.remote.directories import MkdirError, make_directories, remove
+from sterna.remote.gotext import bytes_of, clean, errno_text, failure, join, quote, text_of
+from sterna.remote.gzipped import GzipError, GzipReader
+from sterna.remote.removal import RemovalError, holds_home, remove_all
+from sterna.remote.tarball import DIRECTORY, REGULAR, Entry, TarError, TarReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MARKER = b".synced"
+
+
+class ExtractError(SternaError):
+    """Unpacking stops; the text is the contract's, `count` how many files it says were unpacked."""
+
+    def __init__(self, text: str, count: int = 0) -> None:
+        super().__init__(text)
+        self.count = count
+
+
+def extract(archive: str, target: str, home: str, max_bytes: int) -> tuple[int, str]:
+    """Replaces the directory `target` by what `archive` holds; returns how many files, and what went wrong if anything.
+
+    Parameters: `home`, the directory that is never deleted; `max_bytes`, of all files together, 0 for no bound.
+    The archive is deleted on every outcome once it could be opened.
+    """
+    try:
+        place = _checked(target, home)
+        try:
+            source = os.open(bytes_of(archive), os.O_RDONLY | os.O_NOCTTY)
+        except (OSError, ValueError) as error:
+            raise ExtractError(f"open archive: {failure('open', archive, error)}") from error
+        try:
+            return _unpack(lambda size: _read(source, archive, size), place, max_bytes), ""
+        finally:
+            os.close(source)
+            remove(archive)
+    except ExtractError as error:
+        return error.count, str(error)
+
+
+def _checked(target: str, home: str) -> str:
+    """Returns the cleaned directory if it may be replaced. Raises `ExtractError`."""
+    place = clean(target)
+    if not target.startswith("/") or place == "/":
+        raise ExtractError(f"destDir must be an absolute, non-root path: {quote(target)}")
+    if holds_home(place, home):
+        raise ExtractError(f"destDir must not be or contain the home directory: {quote(target)}")
+    return place
+
+
+def _read(source: int, path: str, size: int) -> bytes:
+    try:
+        return os.read(source, size)
+    except OSError as error:
+        raise GzipError(failure("read", path, error)) from error
+
+
+def _unpack(read: Callable[[int], bytes], place: str, max_bytes: int) -> int:
+    try:
+        unpacked = GzipReader(read)
+    except GzipError as error:
+        raise ExtractError(f"gzip: {error}") from error
+    try:
+        remove_all(place)
+    except RemovalError as error:
+        raise ExtractError(f"clean destDir: {error.operation} {error.path}: {errno_text(error.errno or 0)}") from error
+    try:
+        make_directories(place)
+        tree = _Tree(place)
+    except MkdirError as error:
+        raise ExtractError(f"mkdir destDir: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ExtractError(f"mkdir destDir: {failure('mkdir', place, error)}") from error
+    try:
+        count = _entries(TarReader(unpacked.read_full), tree, max_bytes)
+        os.close(tree.create([], _MARKER))
+        return count
+    except OSError as error:
+        name = text_of(_MARKER)
+        raise ExtractError(f"create {name}: {failure('open', join(place, name), error)}") from error
+    finally:
+        tree.close()
+
+
+def _entries(tar: TarReader, tree: _Tree, max_bytes: int) -> int:
+    count = total = 0
+    while True:
+        try:
+            entry = tar.next()
+        except (GzipError, TarError) as error:
+            raise ExtractError(f"gzip: {error}", count) from error
+        if entry is None:
+            return count
+        target = join(tree.path, entry.name)
+        if target != tree.path and not target.startswith(tree.path + "/"):
+            raise ExtractError(f"unsafe path in archive: {entry.name}")
+        parts = [bytes_of(part) for part in target[len(tree.path) + 1 :].split("/") if part]
+        if entry.kind == DIRECTORY:
+            try:
+                os.close(tree.enter(parts))
+            except _MkdirError as error:
+                raise ExtractError(f"mkdir {entry.name}: {error}") from error
+        elif entry.kind == REGULAR:
+            total += entry.size
+            if max_bytes and total > max_bytes:
+                raise ExtractError("extraction size limit exceeded", count)
+            _unpack_file(tar, entry, tree, parts, count)
+            count += 1
+        else:
+            raise ExtractError(f"unsupported tar entry type {entry.kind}: {entry.name}")
+
+
+def _unpack_file(tar: TarReader, entry: Entry, tree: _Tree, parts: list[bytes], count: int) -> None:
+    target = join(tree.path, entry.name)
+    try:
+        file = tree.create(parts[:-1], parts[-1] if parts else b".")
+    except _MkdirError as error:
+        raise ExtractError(f"mkdir parent {entry.name}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ExtractError(f"create {entry.name}: {failure('open', target, error)}") from error
+    try:
+        for piece in tar.data():
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(file, view) :]
+    except OSError as error:
+        raise ExtractError(f"write {entry.name}: {failure('write', target, error)}", count) from error
+    except GzipError as error:
+        raise ExtractError(f"gzip: {error}", count) from error
+    finally:
+        os.close(file)
+
+
+class _MkdirError(SternaError):
+    """A directory could not be made; the text names the one that it failed at."""
+
+
+class _Tree:
+    """The new directory; everything is reached from its descriptor without following links, whoever swaps them in."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._root = os.open(bytes_of(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def close(self) -> None:
+        os.close(self._root)
+
+    def enter(self, parts: list[bytes]) -> int:
+        """Returns the descriptor of a directory below, made if it is missing. Raises `_MkdirError`."""
+        here = os.dup(self._root)
+        for depth, part in enumerate(parts, 1):
+            try:
+                try:
+                    os.mkdir(part, 0o700, dir_fd=here)
+                except FileExistsError:
+                    pass
+                deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            except (OSError, ValueError) as error:
+                path = join(self.path, text_of(b"/".join(parts[:depth])))
+                raise _MkdirError(failure("mkdir", path, error)) from error
+            finally:
+                os.close(here)
+            here = deeper
+        return here
+
+    def create(self, parts: list[bytes], name: bytes) -> int:
+        """Returns the descriptor of an empty file below. Raises `_MkdirError`, `OSError`, `ValueError`."""
+        directory = self.enter(parts)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            return os.open(name, flags, 0o600, dir_fd=directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,217 @@
+"""The methods `git.*`: git itself, run in worker threads, always as `git -C DIRECTORY`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+from sterna.errors import SternaError
+from sterna.remote.calls import BAD_PARAMS, FAILED, SUCCESS, CallError
+from sterna.remote.environment import find_command, search_path
+from sterna.remote.fields import TEXT, Kind
+from sterna.remote.gotext import bytes_of, errno_text, expand, quote, text_of, trim
+from sterna.remote.removal import RemovalError, holds_home, remove_all
+from sterna.remote.seeding import seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sterna.remote.calls import Params, Result
+
+_ALL: Final[Mapping[str, Kind]] = dict.fromkeys(
+    ("path", "baseRepo", "branchName", "worktreePath", "sourceBranch"), TEXT
+)
+FIELDS: Final[Mapping[str, Mapping[str, Kind]]] = dict.fromkeys(
+    ("git.info", "git.status", "git.list_branches", "git.worktree_create", "git.worktree_remove"), _ALL
+)
+
+_URL: Final = re.compile(r"(?:https?|ssh|git)://(?:[^/]*@)?(?P<host>[^/@]*)/(?P<path>.*)", re.IGNORECASE | re.ASCII)
+_SCP: Final = re.compile(r"(?:[^/:]*@)?(?P<host>[^/:@]+):(?P<path>.*)", re.ASCII)
+_OWNER: Final = re.compile(r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*")
+_REPO: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
+
+
+class GitError(SternaError):
+    """git failed; the text is how os/exec says it, `output` what git printed."""
+
+    def __init__(self, text: str, output: str = "", *, timed_out: bool = False) -> None:
+        super().__init__(text)
+        self.output, self.timed_out = output, timed_out
+
+
+def repo_slug(url: str) -> str:
+    """Returns `owner/repo` of a remote on github.com, else an empty string."""
+    match = _URL.fullmatch(url) or ("://" not in url and _SCP.fullmatch(url)) or None
+    if match is None or match["host"].lower() != "github.com":
+        return ""
+    owner, slash, repo = match["path"].rstrip("/").removesuffix(".git").partition("/")
+    if not slash or not _OWNER.fullmatch(owner) or not _REPO.fullmatch(repo):
+        return ""
+    return "" if repo in {".", ".."} or repo.endswith(".wiki") else f"{owner}/{repo}"
+
+
+class Git:
+    """Runs git.
+
+    Parameters: `environment`, the entries it sees; `home`, what `~` stands for and what is never deleted; `seconds`,
+    after which git is killed, 0 for never; `seconds_text`, the same as the contract's texts print it.
+    """
+
+    def __init__(self, environment: list[bytes], home: str, seconds: float = 0, seconds_text: str = "") -> None:
+        self._environment = dict(entry.partition(b"=")[::2] for entry in environment if b"=" in entry)
+        self._environment.pop(b"", None)
+        self._path = search_path(environment)
+        self._home, self._seconds, self._seconds_text = home, seconds or None, seconds_text
+        self.methods: Mapping[str, Callable[[Params], Result]] = {
+            "git.info": self._info,
+            "git.status": self._status,
+            "git.list_branches": self._list_branches,
+            "git.worktree_create": self._worktree_create,
+            "git.worktree_remove": self._worktree_remove,
+        }
+
+    def _expanded(self, params: Params, name: str) -> str:
+        return expand(params.text(name), self._home)
+
+    def _run(self, directory: str, *words: str, both: bool = False) -> str:
+        """Returns what git prints on its output, with `both` also on its error output. Raises `GitError`."""
+        try:
+            argv = [bytes_of(word) for word in (find_command("git", self._path), "-C", directory, *words)]
+            done = subprocess.run(
+                argv, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
+                stderr=subprocess.STDOUT if both else subprocess.DEVNULL, timeout=self._seconds, close_fds=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise GitError("signal: killed", timed_out=True) from error
+        except LookupError as error:
+            raise GitError(str(error)) from error
+        except ValueError as error:
+            raise GitError(f"fork/exec {find_command('git', self._path)}: invalid argument") from error
+        output = text_of(done.stdout)
+        if done.returncode > 0:
+            raise GitError(f"exit status {done.returncode}", output)
+        if done.returncode < 0:
+            raise GitError(f"signal: {_signal_text(-done.returncode)}", output)
+        return output
+
+    def _asked(self, directory: str, *words: str) -> str:
+        """Returns git's trimmed answer, an empty one when it fails."""
+        try:
+            return trim(self._run(directory, *words))
+        except GitError:
+            return ""
+
+    def _succeeds(self, directory: str, *words: str) -> bool:
+        try:
+            self._run(directory, *words)
+        except GitError:
+            return False
+        return True
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def _info(self, params: Params) -> Result:
+        path = self._expanded(params, "path")
+        if self._asked(path, "rev-parse", "--is-inside-work-tree") != "true":
+            return {"isRepo": False, "repoSlug": "", "defaultBranch": ""}
+        root = self._asked(path, "rev-parse", "--show-toplevel")
+        try:
+            branch = trim(self._run(path, "symbolic-ref", "--short", "HEAD"))
+        except GitError:
+            branch = "detached:" + self._asked(path, "rev-parse", "--short", "HEAD")
+        default = self._asked(path, "symbolic-ref", "refs/remotes/origin/HEAD")
+        return {
+            "isRepo": True,
+            "repo": root.rstrip("/").rpartition("/")[2] or ("/" if root else "."),
+            "branch": branch,
+            "root": root,
+            "repoSlug": repo_slug(self._asked(path, "remote", "get-url", "origin")),
+            "defaultBranch": default.removeprefix("refs/remotes/origin/"),
+        }
+
+    def _status(self, params: Params) -> Result:
+        path = self._expanded(params, "path")
+        if not self._succeeds(path, "rev-parse", "--git-dir"):
+            return {"isRepo": False, "clean": False}
+        try:
+            output = trim(self._run(path, "status", "--porcelain"))
+        except GitError as error:
+            raise CallError(FAILED, str(error)) from error
+        if not output:
+            return {"isRepo": True, "clean": True}
+        return {"isRepo": True, "clean": False, "changes": [line for line in output.split("\n") if trim(line)]}
+
+    def _list_branches(self, params: Params) -> Result:
+        path = self._expanded(params, "path")
+        if not self._succeeds(path, "rev-parse", "--git-dir"):
+            return {"isRepo": False, "branches": []}
+        try:
+            output = self._run(path, "for-each-ref", "--format=%(refname:short)", "refs/heads")
+        except GitError as error:
+            raise CallError(FAILED, str(error)) from error
+        names = [trim(line) for line in output.split("\n")]
+        return {"isRepo": True, "branches": sorted((name for name in names if name), key=bytes_of)}
+
+    # ------------------------------------------------------------------------------------------------------ worktrees
+
+    def _worktree_create(self, params: Params) -> Result:
+        repo, path = self._expanded(params, "baseRepo"), self._expanded(params, "worktreePath")
+        branch, source = params.text("branchName"), params.text("sourceBranch")
+        if not branch:
+            raise CallError(BAD_PARAMS, "branchName is required")
+        if self._asked(repo, "rev-parse", "--is-inside-work-tree") != "true":
+            return {"success": False, "error": "not a git repository", "errorCode": "not_a_repo"}
+        if not source or not self._succeeds(repo, "show-ref", "--verify", "--quiet", "refs/heads/" + source):
+            source = self._asked(repo, "rev-parse", "--abbrev-ref", "HEAD")
+        try:
+            self._run(repo, "worktree", "add", "-b", branch, path, *([source] if source else []), both=True)
+        except GitError as error:
+            output = error.output.rstrip("\n") if error.output or not error.timed_out else str(error)
+            text = f"git worktree add failed: {output}"
+            return {"success": False, "error": text, "errorCode": "worktree_add_failed"}
+        self._seed(repo, path)
+        result: Result = {"success": True, "path": path}
+        return result | {"sourceBranch": source} if source else result
+
+    def _seed(self, repo: str, path: str) -> None:
+        listed = ""
+        if os.path.isfile(bytes_of(os.path.join(repo, ".worktreeinclude"))):
+            words = ("ls-files", "--others", "--ignored", "--exclude-from=.worktreeinclude")
+            try:
+                listed = self._run(repo, *words)
+            except GitError:
+                pass
+        seed(bytes_of(repo or "."), bytes_of(os.path.join(repo, path)), [bytes_of(line) for line in listed.split("\n")])
+
+    def _worktree_remove(self, params: Params) -> Result:
+        repo, path = self._expanded(params, "baseRepo"), self._expanded(params, "worktreePath")
+        branch = params.text("branchName")
+        if path and holds_home(path, self._home):
+            text = f"worktreePath must not be or contain the home directory: {quote(path)}"
+            return {"success": False, "error": text}
+        try:
+            self._run(repo, "worktree", "remove", "--force", path, both=True)
+        except GitError as error:
+            if error.timed_out:
+                text = (
+                    f"git worktree remove timed out after {self._seconds_text}; no cleanup was attempted, "
+                    "and git may have partially removed the worktree"
+                )
+                return {"success": False, "error": text}
+            try:
+                remove_all(path)
+            except RemovalError as failed:
+                cause = f"{failed.operation} {failed.path}: {errno_text(failed.errno or 0)}"
+                text = f"failed to remove worktree: {trim(error.output)}; manual cleanup also failed: {cause}"
+                return {"success": False, "error": text}
+        if branch:
+            self._succeeds(repo, "branch", "-D", branch)
+        return SUCCESS
+
+
+def _signal_text(number: int) -> str:
+    import signal
+
+    return (signal.strsignal(number) or f"signal {number}").lower()
