@@ -41,8 +41,12 @@ def said(rig: Rig, status: int, *args: str, typed: str = "", env: dict[str, str]
 
 def test_a_second_start_names_the_first_and_another_agent_joins_it(rig: Rig) -> None:
     assert rig.node is not None
-    first = f"A node runs here already (pid {rig.node.pid}, port {rig.port}): `sterna attach`"
-    assert first in said(rig, 2, "up", "--port", "0")
+    first = f"A node runs here already (pid {rig.node.pid}, port {rig.port}): "
+    here = f"`sterna attach --state {rig.state}`, or stop it with `sterna down --state {rig.state}`"
+    assert first + here in said(rig, 2, "up", "--port", "0")
+    again = said(rig, 2, "up", "--port", "0", "--host", "0.0.0.0")  # noqa: S104 -- nothing is bound
+    assert first + "stop it with Ctrl-C where it runs" in again
+    assert "down" not in again, "that would end the programs, too"
     assert first.split(",", maxsplit=1)[0] in said(rig, 2, "node", "--state", os.fspath(rig.state / "node"), "-p", "0")
     assert rig.sterna("ls").returncode == 0, "the first one was not harmed"
     done = rig.sterna("up", "--agent", "second", "--", "cat")
@@ -71,6 +75,12 @@ def test_after_down_there_is_a_new_shell_and_the_old_ones_say_why_they_ended() -
         terminal.expect("fresh-2")
         assert terminal.wait() == 0
         assert b"sterna: The session main ended.\r\n" in terminal.seen
+        for how, said_, status in (("exit 7", "with status 7", 7), ("kill -9 $$", "by signal 9", 137)):
+            terminal = rig.terminal("attach", "--new")
+            terminal.expect("$ ")
+            terminal.type(how + "\n")
+            assert terminal.wait() == status
+            assert f"sterna: The session main ended {said_}.\r\n".encode() in terminal.seen
         assert "use --ended alone" in said(rig, 2, "close")
         assert sorted(rig.sterna("close", "--ended").stdout.split()) == ["Closed", "Closed", "old.", "older."]
         assert rig.sterna("close", "--ended").stdout == "No session has ended.\n"
@@ -93,7 +103,8 @@ def test_up_on_a_terminal_logs_to_a_file_and_says_what_it_found() -> None:
         options = ("--no-web", "--port", str(rig.port), "--state", os.fspath(rig.state))
         up = rig.terminal("up", *options, "--", "cat", cols=200)
         up.expect(f"(pid {up.process.pid}, ")
-        up.expect("The agent 'main' goes on with `bash --norc --noprofile`; `sterna down` first to change it.")
+        up.expect("The agent 'main' goes on with `bash --norc --noprofile`; `")
+        up.expect(f"down --state {rig.state}` first to change it.")
         up.expect("1 session found again.")
         log = rig.state / "node.log"
         up.expect(f"The log is in {log}.")

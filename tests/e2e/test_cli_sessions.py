@@ -91,7 +91,9 @@ def test_a_pipe_gets_plain_lines(rig: Rig) -> None:
     line = ok(rig, "ls")
     assert re.fullmatch(r"one\tmain\tpty\tsuspended\t0\t\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\t\n", line)
     assert "name: one\n" in ok(rig, "info", "one")
-    assert ok(rig, "ls", "--agent", "nobody") == ""
+    nobody = rig.sterna("ls", "--agent", "nobody")
+    assert (nobody.returncode, nobody.stdout) == (0, "")
+    assert nobody.stderr == "sterna: There is no agent 'nobody': `sterna ls` shows what there is.\n"
 
 
 def test_a_terminal_gets_a_table(rig: Rig) -> None:
@@ -111,12 +113,18 @@ def test_new_runs_a_command_where_it_is_told(rig: Rig, tmp_path: Path) -> None:
     assert ok(rig, "wait", name) == "4\n"
     assert (tmp_path / "here").read_text().strip() == os.fspath(tmp_path)
     assert rig.json("info", name)["status"] == 4
+    # A session is called after its program, so that a list says which is which.
+    called = [name] + [ok(rig, "new", "--", *words).strip() for words in (["/bin/sh", "-c", ":"], ["true"], ["sh"])]
+    assert called == ["sh", "sh-2", "true", "sh-3"]
+    assert ok(rig, "new", "--", "cat").strip() == "cat-2", "an agent's name is its own"
+    assert rig.sterna("new", "--", f"{tmp_path}/__").returncode == 1, "control: no such program"
 
 
 def test_names_are_checked_and_unique(rig: Rig) -> None:
     ok(rig, "new", "--name", "one")
     assert "There is a session 'one' already" in refused(rig, 1, "new", "--name", "one")
-    assert "'a b' is no session name" in refused(rig, 1, "new", "--name", "a b")
+    for words in (("new", "--name", "a b"), ("attach", "--name", "a b"), ("rename", "one", "a b")):
+        assert "'a b' is no session name" in refused(rig, 2, *words)
     assert ok(rig, "rename", "one", "two") == "one is now two.\n"
     assert "There is no session 'one'" in refused(rig, 1, "rename", "one", "three")
     ok(rig, "new", "--name", "one")
@@ -316,19 +324,25 @@ def test_share_on_a_terminal_draws_a_code(rig: Rig) -> None:
     terminal = rig.terminal("share", "--host", "node.example")
     assert terminal.wait() == 0
     seen = terminal.seen.decode()
-    assert "sterna://node.example:" in seen
+    assert seen.count("sterna://node.example:") == 1, "it is said once"
     assert seen.count("█") > 200
-    assert "within 10 min" in seen
-    assert "    sterna attach -\r\n" in seen
-    assert "    sterna attach 'sterna://node.example:" in seen
+    assert "On another device, within 10 min" in seen
+    assert "type `sterna attach -`, and paste the sterna:// link" in seen
+    assert seen.rindex("pasted again.") < seen.index("█"), "what a camera needs is not scrolled off by words"
     narrow = rig.terminal("share", "--host", "node.example", cols=40)
     assert narrow.wait() == 0
     assert "too narrow" in narrow.seen.decode()
+    here = rig.terminal("share", "--local")
+    assert here.wait() == 0
+    assert "On this machine, within 10 min" in here.seen.decode()
+    assert "█" not in here.seen.decode(), "no other device reaches what it would say"
 
 
 def test_devices_tokens_and_their_end(rig: Rig) -> None:
     issued = rig.json("token", "--agents", "ca*", "--modes", "watch", "--ttl", "1h")
     assert (issued["agents"], issued["modes"]) == (["ca*"], ["watch"])
+    for modes in ("foo", "drive,foo", ""):
+        assert "--modes takes drive, watch, or both" in refused(rig, 2, "token", "--modes", modes)
     assert abs(issued["expires"] - time.time() - 3600) < 60
     done = rig.sterna("token")
     full = done.stdout.strip()

@@ -144,7 +144,7 @@ def test_unit_tests_of_the_client() -> None:
     tests = sorted(os.fspath(path) for path in (JS / "test").glob("*.test.js"))
     assert tests
     done = subprocess.run(
-        node_words("--test", *tests), capture_output=True, text=True, timeout=240, check=False, cwd=JS
+        node_words("--test", "--test-force-exit", *tests), capture_output=True, text=True, timeout=240, check=False, cwd=JS
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -259,7 +259,7 @@ def test_share_links_and_who_is_refused(rig: Rig) -> None:
         ),
         ({"host": "127.0.0.1", "port": rig.port, "token": site.token, "agent": "nobody"}, "no_agent"),
         ({"host": "127.0.0.1", "port": rig.port, "token": site.token, "session": "00" * 16}, "not_found"),
-        ({"host": "127.0.0.1", "port": 1, "token": site.token, "agent": "main"}, "timeout"),
+        ({"host": "127.0.0.1", "port": 1, "token": site.token, "agent": "main"}, "unreachable"),
         ({"host": "127.0.0.1", "port": rig.port, "agent": "main"}, "bad_request"),
     ]
     storage = os.fspath(rig.directory / "js-guest")

@@ -13,6 +13,7 @@ from sterna.client.blocking import connect
 from sterna.client.calls import Caller
 from sterna.client.endpoint import Endpoint, find
 from sterna.errors import Code, RefusedError
+from sterna.ids import SessionUid
 from sterna.trust.links import ShareLink
 from tests.e2e.rig import Rig
 
@@ -113,8 +114,11 @@ def test_a_watcher_displaces_nobody(rig: Rig, elsewhere: str) -> None:
         assert driver.read() == b"one"
         node = find(state=ours)
         with Caller(node, state=ours) as caller:
-            ticket = caller.call("share", session="held", mode="watch")["ticket"]
-        link = ShareLink("127.0.0.1", rig.port, ticket=ticket, node_id=node.node_id, mode="watch").terminal()
+            shared = caller.call("share", session="held", mode="watch")
+        link = ShareLink(
+            "127.0.0.1", rig.port, ticket=shared["ticket"], node_id=node.node_id, mode="watch",
+            session=SessionUid(bytes.fromhex(shared["session"])), agent="cat",
+        ).terminal()  # fmt: skip
         with connect(link=link, state=elsewhere, mode="watch", displace=True):
             driver.write(b"two")
             assert driver.read() == b"two"

@@ -92,8 +92,8 @@ async def test_who_asks_for_more_at_once_than_may_wait_for_it_is_cut_off(
     async with running(tmp_path) as node:
         site = site_of(node, tmp_path)
         accept = await asyncio.to_thread(with_history, site)
-        monkeypatch.setattr(limits, "OUTBOUND_MAX_BYTES", MIB)
-        for times, lives in ((3, True), (24, False)):
+        monkeypatch.setattr(limits, "OUTBOUND_MAX_BYTES", MIB // 2)
+        for times, lives in ((1, True), (24, False)):
             assert await asyncio.to_thread(ask_for_history, site, accept, times) is lives
 
 

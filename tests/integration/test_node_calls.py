@@ -19,6 +19,7 @@ from sterna.node.doorkeeper import Visitor
 from sterna.node.store import DEVICES_PER_TENANT_MAX, SessionRow
 from sterna.protocol import messages
 from sterna.protocol.messages import Call, Error, Mode
+from sterna.protocol.states import State
 
 OWNER = DeviceId(b"o" * 32)
 SESSIONS = 300
@@ -159,3 +160,13 @@ async def test_a_uid_is_looked_up_before_a_name(node: Node) -> None:
     for written in (victim.uid.hex(), victim.uid.hex().upper()):
         assert ask(node, visitor(), "info", session=written)["uid"] == victim.uid.hex()
     assert ask(node, visitor(), "close", session=victim.uid.hex()) == {"name": victim.name}
+
+
+async def test_nobody_is_attached_to_a_session_that_is_not_in_memory(node: Node) -> None:
+    """Its row is of a node that was killed: whoever was attached then has not come back."""
+    row = begin(node)
+    node.store.set_state(row.number, State.ACTIVE, 2)
+    (session,) = ask(node, visitor(), "list")["sessions"]
+    assert (session["state"], session["attached"]) == ("suspended", 0)
+    about = ask(node, visitor(), "info", session=row.uid.hex())
+    assert (about["state"], about["attachments"]) == ("suspended", [])

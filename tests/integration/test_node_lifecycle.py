@@ -18,6 +18,7 @@ import pytest
 
 import sterna
 from sterna import limits
+from sterna.cli import doctor
 from sterna.client import aio
 from sterna.errors import DRAINING_TEXT, Code
 from sterna.node import app
@@ -25,8 +26,9 @@ from sterna.node.app import Node
 from sterna.node.config import NodeConfig
 from sterna.pod.serve import AgentSession, serve
 from sterna.protocol.frame import Type
-from sterna.protocol.messages import Accept, Error
+from sterna.protocol.messages import Accept, Close, Error
 from sterna.protocol.states import State
+from sterna.transport.udp import udp_socket
 from sterna.trust.device import DeviceKey
 from tests.e2e.raw_client import Raw, Site
 from tests.e2e.rig import Rig
@@ -295,6 +297,119 @@ def refused(site: Site) -> Error:
         answer = raw.ask(2, want="named", name="late")
         assert isinstance(answer, Error), answer
         return answer
+
+
+# ---- a CONNECT that is heard twice -----------------------------------------------------------------------------------
+
+
+async def test_who_began_a_session_is_told_so_also_when_its_connect_came_twice(directory: Path) -> None:
+    """Its first ACCEPT is late where an agent starts slowly; a second one without `created` would clear its screen."""
+    async with agent(directory, greet), running(directory) as node:
+        site = Site(cast("Rig", SimpleNamespace(state=directory, port=node.address[1])))
+        for accept, data, created in await asyncio.to_thread(connected_twice, site):
+            assert (accept.created, accept.snapshot, accept.output, data) == (created, False, 0, b"greeting")
+
+
+async def greet(session: AgentSession) -> None:
+    """Says something at once, then nothing more."""
+    await session.write(b"greeting")
+    await asyncio.Event().wait()
+
+
+def connected_twice(site: Site) -> list[tuple[Accept, bytes, bool]]:
+    """What a CONNECT is answered, its repetition on another connection, and another one for the same session."""
+    answers = []
+    with site.client() as first, site.client(device=first.device) as again, site.client() as other:
+        body = first.connect_body(want="named", name="twice", output=0)
+        for raw, asked, created in (
+            (first, body, True), (again, body, True),
+            (other, other.connect_body(want="named", name="twice", output=0), False),
+        ):  # fmt: skip
+            raw.send(Type.CONNECT, 1, 0, raw.signed(asked))
+            accept = raw.answer(1)
+            assert isinstance(accept, Accept), accept
+            answers.append((accept, raw.data(len(b"greeting")), created))
+    return answers
+
+
+# ---- what is missing ------------------------------------------------------------------------------------------------
+
+
+async def test_a_usual_quic_port_in_use_is_said_to_who_looks_at_the_node(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with udp_socket("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(app, "QUIC_PORT", port)
+        said = f"There is no QUIC: UDP port {port} on 127.0.0.1 is in use;"
+        for quic_port, level, text in ((port, "WARN", said), (0, "OK", "turned off")):
+            async with agent(directory, Echo()), running(directory, quic_port=quic_port) as node:
+                assert node.no_quic.startswith(said) is (quic_port == port)
+                found = await asyncio.to_thread(lambda: list(doctor.examine(str(directory))))
+                (line,) = [each for each in found if each.name == "quic"]
+                assert (line.level, line.text.startswith(text)) == (level, True)
+
+
+# ---- who was sent away ---------------------------------------------------------------------------------------------
+
+
+def revoked(site: Site, raw: Raw) -> Code:
+    """The owner revokes the device."""
+    with site.client() as owner:
+        owner.connect(want="call")
+        assert owner.call("revoke", device=raw.device.id.hex()) == {"device": raw.device.id.hex()}
+        return raw.code(1)
+
+
+def out_of_step(_site: Site, raw: Raw) -> Code:
+    """Some of its input is missing."""
+    raw.send(Type.DATA, 1, 1_000, b"later")
+    return raw.code(1)
+
+
+def closing(_site: Site, raw: Raw) -> Code:
+    """It wants to close what it may only watch."""
+    raw.say(Type.CLOSE, 1, Close())
+    return raw.code(1)
+
+
+@pytest.mark.parametrize(
+    ("act", "mode", "code"),
+    [(revoked, "drive", Code.REVOKED), (out_of_step, "drive", Code.GAP), (closing, "watch", Code.READ_ONLY)],
+)
+async def test_a_session_whose_only_attachment_was_refused_is_suspended_also_once_it_left_memory(
+    directory: Path, act: Callable[[Site, Raw], Code], mode: str, code: Code
+) -> None:
+    async with agent(directory, Echo()), running(directory) as node:
+        number = await left_behind(node, directory, "work")
+        await until(lambda: stored(node, number) is State.SUSPENDED)
+        site = Site(cast("Rig", SimpleNamespace(state=directory, port=node.address[1])))
+        raw = await asyncio.to_thread(site.client)
+        await asyncio.to_thread(raw.connect, want="join", name="work", mode=mode)
+        assert stored(node, number) is State.ACTIVE
+        assert await asyncio.to_thread(act, site, raw) is code
+        await until(lambda: stored(node, number) is State.SUSPENDED, 3)
+        now = time.monotonic_ns()
+        node.table.cold(0, now)
+        for session in node.table.cold(0, now):
+            assert node.table.evict(session, 0, now, app.park)
+        assert node.table.loaded(number) is None
+        assert await asyncio.to_thread(listed, site) == [("work", "suspended", 0)]
+        await asyncio.to_thread(raw.close)
+
+
+def stored(node: Node, number: int) -> State:
+    """A session's state in the database."""
+    row = node.store.session(number)
+    assert row is not None
+    return State(row.state)
+
+
+def listed(site: Site) -> list[tuple[str, str, int]]:
+    """The node's list of sessions."""
+    with site.client() as raw:
+        raw.connect(want="call")
+        return [(each["name"], each["state"], each["attached"]) for each in raw.call("list")["sessions"]]
 
 
 # ---- connections -----------------------------------------------------------------------------------------------------

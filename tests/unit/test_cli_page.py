@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +71,36 @@ def test_a_usual_port_in_use_is_no_failure_unless_it_was_asked_for(tmp_path: Pat
     same = config(tmp_path, port=occupied, web_port=occupied)
     assert serve._web_socket(same, asked=False)[0] is None
     assert same.web_port == 0
+
+
+def test_up_says_what_is_missing_and_names_the_state_that_was_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about: Any = SimpleNamespace(
+        opened=threading.Event(), no_quic="There is no QUIC: …", without="There is no web page: …",
+        host="127.0.0.1", port=7220, url=None, fingerprint="f",
+    )  # fmt: skip
+    about.opened.set()
+    state = str(tmp_path / "my state")
+    for chosen, words, terminal in ((state, f" --state '{state}'", True), (None, "", False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        up._announce(about, state, "main", False, chosen)
+        said = capsys.readouterr()
+        assert [line for line in said.err.splitlines() if "There is no" in line] == [
+            *["sterna: There is no QUIC: …"] * terminal, "sterna: There is no web page: …",
+        ]  # fmt: skip
+        assert f"attach{words}\n" in said.out
+        assert f"down{words}` stops all" in said.out
+
+
+def test_up_says_that_others_may_look_into_a_directory_that_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, said in ((0o755, True), (0o700, False)):
+        tmp_path.chmod(mode)
+        up._tell_listable(str(tmp_path))
+        assert (f"{tmp_path} can be listed by others: `chmod 700 {tmp_path}`." in capsys.readouterr().err) is said
+        assert tmp_path.stat().st_mode & 0o777 == mode, "what to do with it is left to whose it is"
 
 
 @pytest.mark.parametrize(

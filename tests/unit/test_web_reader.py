@@ -199,3 +199,11 @@ def test_the_last_word_and_then_the_close() -> None:
 
 def test_a_window_fits_into_a_message() -> None:
     assert MESSAGE_MAX_BYTES >= limits.WINDOW_BYTES + 4 * limits.HEADER_BYTES - 4
+
+
+def test_one_byte_behind_a_message_that_was_held_is_no_reason_to_wait_for_more() -> None:
+    reader, big, small = Reader(1 << 20), bytes(60_000), b"key"
+    first, second = frame(BINARY, big), frame(BINARY, small)
+    assert reader.feed(first[:30_000]) == []
+    assert reader.feed(first[30_000:] + second[:1]) == [(BINARY, big)]
+    assert reader.feed(second[1:]) == [(BINARY, small)]

@@ -16,6 +16,7 @@ import pytest
 from sterna import __version__
 from sterna.node.app import Node
 from sterna.node.config import NodeConfig
+from sterna.node.logs import Brake
 from sterna.transport.listen import tcp_socket
 from sterna.trust.pins import local_pin
 from sterna.web.pages import STATIC, TYPES, load, takes_gzip
@@ -188,3 +189,38 @@ def test_nothing_in_the_page_needs_another_policy() -> None:
     assert "<script>" not in text
     assert "http:" not in text
     assert "https:" not in text
+
+
+FOREIGN = (
+    "GET /ws HTTP/1.1\nHost: localhost\nUpgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
+    "Sec-WebSocket-Protocol: clawterm.v1\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n"
+    "Origin: https://other.example\n\n"
+)
+
+
+async def test_a_page_of_another_site_gets_no_second_request(served: Served) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port, ssl=served.context)
+    try:
+        writer.write(FOREIGN.replace("\n", "\r\n").encode() * 2)
+        answers = await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.close()
+    assert answers.count(b"HTTP/1.1 403 ") == answers.count(b"HTTP/1.1") == 1
+    assert b"Connection: close" in answers
+
+
+async def test_pages_of_other_sites_do_not_fill_the_log(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # No line but those of the burst, until the next sweep is made by hand.
+    monkeypatch.setattr(served.site, "_lines", Brake(3, 0))
+    for _ in range(8):
+        assert b" 403 " in await served.ask(FOREIGN)
+    lines = [record for record in caplog.records if record.name == "sterna.web"]
+    assert [record.getMessage() for record in lines] == ["foreign origin"] * 3
+    assert served.site._lines.left_out == 5
+    monkeypatch.setattr(served.site._lines, "_left", 1.0)
+    served.site._timer.cancel()
+    served.site._sweep()
+    last = [record for record in caplog.records if record.name == "sterna.web"][3:]
+    assert [vars(record)["left_out"] for record in last] == [5]

@@ -69,9 +69,10 @@ def share(
         place = {"link": link.terminal(), "web": web, "host": link.host, "port": link.session_port}
         print_json({**place, **{k: shared[k] for k in keys}})
         return
-    print(link.terminal())
     if sys.stdout.isatty():
-        _explain(link.terminal(), web, ttl, shared["name"], watch=watch)
+        _explain(link.terminal(), web, ttl, shared["name"], watch=watch, local=local)
+    else:
+        print(link.terminal())
 
 
 def _link(shared: dict[str, Any], host: str, port: int, page: int) -> ShareLink:
@@ -87,24 +88,25 @@ def _link(shared: dict[str, Any], host: str, port: int, page: int) -> ShareLink:
     )  # fmt: skip
 
 
-def _explain(terminal: str, web: str | None, ttl: float, name: str | None, *, watch: bool) -> None:
-    """Says on a terminal what to do with a link, and draws it for a phone's camera."""
+def _explain(terminal: str, web: str | None, ttl: float, name: str | None, *, watch: bool, local: bool) -> None:
+    """Says on a terminal what to do with a link; what it draws for a phone's camera comes last, and is seen whole."""
     from sterna.cli.duration import in_words
 
-    print_qr(web or terminal)
     can = "looks on at" if watch else "opens"
     what = f"the session {name}" if name is not None else "all sessions"
-    print(f"On another device, within {in_words(ttl)}, this {can} {what}:")
+    print(f"On {'this machine' if local else 'another device'}, within {in_words(ttl)}, this {can} {what}:")
     if web is not None:
         print(f"    {web}")
-        print("in a browser, which is also what the code above says. If the node has no certificate of a public")
-        print("authority (`sterna node --tls-cert`, or a reverse proxy), browsers warn first. In a terminal:")
+        print("in a browser. If the node has no certificate of a public authority (`sterna node --tls-cert`, or a")
+        print("reverse proxy), browsers warn first.")
     else:
         print("(in a browser only if the node has a web page: `sterna up` has one, `sterna node` with --web-port 7222)")
-    print("    sterna attach -")
-    print("and paste the first link, which nobody else sees then; or, on a machine that has no other users:")
-    print(f"    sterna attach '{terminal}'")
-    print("It is for the first device that uses it, which may come back with it for 30 days after each use.")
+    print("In a terminal type `sterna attach -`, and paste the sterna:// link, which nobody else sees then:")
+    print(f"    {terminal}")
+    print("It is for the first device that uses it. That one may come back with it for 30 days after each use: a")
+    print("browser remembers it, in a terminal it is pasted again.")
+    if not local:
+        print_qr(web or terminal)
 
 
 def _sharing_node(state: str | None, host: str | None, port: int | None) -> Caller:
@@ -293,6 +295,8 @@ def token(
     from sterna.cli.target import reach
 
     wanted = [mode.strip() for mode in modes.split(",") if mode.strip()]
+    if not wanted or set(wanted) - {"drive", "watch"}:
+        raise UsageError("--modes takes drive, watch, or both with a comma.")
     agents = [glob for word in globs for glob in word.split(",") if glob]
     with reach(state=state, host=host, port=port) as caller:
         issued = caller.call("token", tenant=tenant or "", agents=agents, modes=wanted, ttl=int(ttl))["token"]

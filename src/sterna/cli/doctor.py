@@ -280,6 +280,11 @@ def _node(state: str | None) -> Iterator[Finding]:
     text = f"pid {pid}, listens on {host} port {port}, up {up // 3600} h {up // 60 % 60} min, {sessions} sessions"
     yield Finding("OK", "node", text)
     yield from _certificate(host, port, pin.context())
+    if about.get("no_quic"):
+        yield Finding("WARN", "quic", str(about["no_quic"]), "sessions stay on TCP until the node is started anew")
+    elif "no_quic" in about:  # else it is a node of an older version
+        quic = int(about["quic_port"])
+        yield Finding("OK", "quic", f"listens on UDP port {quic}" if quic else "turned off")
     for agent in agents:
         if agent["ready"]:
             yield Finding("OK", "agent", f"{agent['name']} answers")

@@ -58,7 +58,7 @@ def node(
 
     pid = running_pid(config.state)
     if pid:
-        raise runs_already(config.state, pid, None)
+        raise runs_already(config.state, pid, None, chosen=None, elsewhere=False)
     from sterna.cli.loop import run
     from sterna.cli.serve import serve_node
 

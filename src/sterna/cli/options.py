@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,3 +32,13 @@ def program() -> list[str]:
         return ["sterna"]
     own = sys.argv[0]
     return [own] if os.path.basename(own) == "sterna" else [sys.executable, "-m", "sterna"]
+
+
+def in_state(state: str | None) -> list[str]:
+    """Returns the words that name a state directory which the user chose; without them a command means another node."""
+    return [] if state is None else ["--state", os.path.abspath(state)]
+
+
+def spoken(*words: str, state: str | None) -> str:
+    """Returns a command as the user can type it from here, for the same node."""
+    return shlex.join([*program(), *words, *in_state(state)])

@@ -32,16 +32,18 @@ _COUNTED_MAX = 1_000
 class Ready:
     """Where a started node listens, and who it is; made on the node's loop, used by another thread.
 
-    `url` is the web page's address, or None; `without` says in a sentence why there is none although there should be.
+    `url` is the web page's address, or None; `without` says in a sentence why there is none although there should be;
+    `no_quic` says so of QUIC.
     `opened` is set once the page is served too.
     """
 
-    __slots__ = ("_loop", "_node", "fingerprint", "host", "opened", "port", "url", "without")
+    __slots__ = ("_loop", "_node", "fingerprint", "host", "no_quic", "opened", "port", "url", "without")
 
     def __init__(self, node: Node, url: str | None = None, without: str = "") -> None:
         self.host, self.port = node.address
         self.url = url
         self.without = without
+        self.no_quic = node.no_quic
         self.opened = threading.Event()
         self.fingerprint = fingerprint(node.identity.node_id)
         self._node = node
@@ -77,8 +79,9 @@ class Ready:
 
 async def serve_node(
     config: NodeConfig, ready: Callable[[Ready], None], log_path: str | None = None, *, web_asked: bool = False
-) -> None:
-    """Runs a node: calls `ready` once it listens, drains on SIGTERM, stops at once on SIGINT.
+) -> bool:
+    """Runs a node: calls `ready` once it listens, drains on SIGTERM, stops at once on SIGINT; returns whether it was
+    interrupted so.
 
     The log goes to standard error, or is appended to the file `log_path`. The web page's usual port may be another
     node's, which then has the page, unless it was `web_asked` for. Raises SternaError when it cannot start.
@@ -106,6 +109,7 @@ async def serve_node(
         await node.stop_requested.wait()
         if not interrupted.is_set():
             await node.drain()
+    return interrupted.is_set()
 
 
 def _web_socket(config: NodeConfig, *, asked: bool) -> tuple[socket.socket | None, str]:

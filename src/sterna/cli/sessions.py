@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from sterna.cli.options import node_options
-from sterna.errors import UsageError
+from sterna.errors import Code, RefusedError, UsageError
+from sterna.ids import check_name, uid_of
+
+if TYPE_CHECKING:
+    from sterna.client.endpoint import Endpoint
+    from sterna.protocol.messages import Accept
+
+# Leaves room for "-" and a number in a session's name.
+_STEM_MAX_CHARS = 57
 
 
 @click.command()
@@ -25,6 +37,8 @@ def ls(agent: str | None, as_json: bool, state: str | None, host: str | None, po
     if agent is not None:
         sessions = [session for session in sessions if session["agent"] == agent]
         agents = [known for known in agents if known["name"] == agent]
+        if not (sessions or agents):
+            sys.stderr.write(f"sterna: There is no agent {agent[:80]!r}: `sterna ls` shows what there is.\n")
     if as_json:
         print_json({"sessions": sessions, "agents": agents})
         return
@@ -36,7 +50,7 @@ def ls(agent: str | None, as_json: bool, state: str | None, host: str | None, po
                 for s in sessions
             ),
         )
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and (agents or sessions or agent is None):
         names = ", ".join(known["name"] + ("" if known["ready"] else " (not ready)") for known in agents)
         print(f"Agents: {names}" if names else "No agent is here: start one with `sterna up` or `sterna pod`.")
         if not sessions:
@@ -72,7 +86,7 @@ def info(session: str, as_json: bool, state: str | None, host: str | None, port:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--agent", help="The agent (default: main, or the only one).")
-@click.option("--name", help="The session's name (default: chosen by the node).")
+@click.option("--name", help="The session's name (default: COMMAND's, or chosen by the node).")
 @click.option("--cwd", help="Where the program runs, on the node's machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @node_options
@@ -84,26 +98,59 @@ def new(
     """Begin a new session, which runs COMMAND or what its agent runs, and print its name."""
     from sterna.cli.output import print_json
     from sterna.cli.target import choose
+
+    if name is not None:
+        check_name(name)
+    endpoint, wish = choose(agent, name=None, fresh=True, state=state, host=host, port=port)
+    where = os.path.abspath(cwd) if cwd is not None and host is None else cwd
+    begin = partial(_begin, endpoint, wish.agent, list(command), where, state)
+    stem = _stem(command) if name is None else None
+    try:
+        accept = begin(name or stem)
+    except RefusedError as error:
+        if error.code != Code.EXISTS or stem is None:
+            raise
+        accept = begin(_numbered(stem, endpoint, state))
+    if as_json:
+        print_json({"name": accept.name, "uid": accept.uid.hex(), "agent": accept.agent, "kind": accept.kind})
+    else:
+        print(accept.name)
+
+
+def _begin(
+    endpoint: Endpoint, agent: str, command: list[str], cwd: str | None, state: str | None, name: str | None
+) -> Accept:  # fmt: skip
+    """Begins a session and leaves it; without a name the node chooses one."""
     from sterna.client.blocking import BlockingSession
     from sterna.client.session import Wish, make_machine
 
-    endpoint, wish = choose(agent, name=None, fresh=True, state=state, host=host, port=port)
-    where = os.path.abspath(cwd) if cwd is not None and host is None else cwd
-    wish = Wish("new", agent=wish.agent, name=name, argv=list(command) or None, cwd=where)
+    wish = Wish("new", agent=agent, name=name, argv=command or None, cwd=cwd)
     machine = make_machine(
         endpoint, wish, state=state, size=(80, 24), term=os.environ.get("TERM", "xterm-256color"), exact=True
     )
     session = BlockingSession(machine, endpoint)
     try:
         session.open(None)
-        accept = session.accept
+        return session.accept
     finally:
         # Its output and end are left for who attaches, so nothing is confirmed here.
         session.leave_unread()
-    if as_json:
-        print_json({"name": accept.name, "uid": accept.uid.hex(), "agent": accept.agent, "kind": accept.kind})
-    else:
-        print(accept.name)
+
+
+def _stem(command: tuple[str, ...]) -> str | None:
+    """Returns what a session is called after the program that it runs, if that makes a name."""
+    base = os.path.basename(command[0]) if command else ""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("._-")[:_STEM_MAX_CHARS]
+    return stem if stem and uid_of(stem) is None else None
+
+
+def _numbered(stem: str, endpoint: Endpoint, state: str | None) -> str:
+    """Returns a free name with a number, as far as is known here."""
+    from sterna.client.calls import Caller
+
+    with Caller(endpoint, state=state) as caller:
+        taken = {each["name"] for each in itertools.chain(*caller.listing())}
+    return next(name for number in itertools.count(2) if (name := f"{stem}-{number}") not in taken)
 
 
 @click.command()
@@ -133,4 +180,4 @@ def rename(old: str, new_name: str, state: str | None, host: str | None, port: i
     from sterna.cli.target import reach
 
     with reach(state=state, host=host, port=port) as caller:
-        print(f"{old} is now {caller.call('rename', session=old, name=new_name)['name']}.")
+        print(f"{old} is now {caller.call('rename', session=old, name=check_name(new_name))['name']}.")

@@ -10,6 +10,7 @@ from sterna.client import endpoint as endpoints
 from sterna.client.endpoint import Endpoint, find
 from sterna.client.session import Wish
 from sterna.errors import Code, RefusedError, UsageError
+from sterna.ids import check_name
 from sterna.trust.links import LINK_MAX_CHARS, is_link
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def choose(
     target = without_trace(target)
     if name is not None and fresh:
         raise UsageError("Choose either --name, which finds or makes a session, or --new.")
+    if name is not None:
+        check_name(name)
     if target is not None and is_link(target):
         endpoint, target = find(state=state, link=target), None
         if endpoint.session is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sterna.cli.options import program
+from sterna.cli.options import in_state, spoken
 from sterna.errors import AgentError, SternaError, UsageError
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ _ASK_SECONDS = 3.0
 _POLL_SECONDS = 0.01
 _LOG = "node.log"
 _LINK_SECONDS = 3600
+_LOOPBACK = "127.0.0.1"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default=_LOOPBACK, show_default=True, help="Address to listen on.")
 @click.option("--port", default=7220, show_default=True, type=click.IntRange(0, 65535), help="TCP port.")
 @click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page (7222); 0: none.")
 @click.option(
@@ -73,20 +74,29 @@ def up(
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
     paths.private_dir(config.state)
     if running_pid(config.state):
-        _beside(base, sockets, agent, words, as_json)
+        _beside(base, sockets, agent, words, as_json, state, host)
         return
+    _tell_listable(base)
     log_path = os.path.join(base, _LOG) if sys.stderr.isatty() and log_level is None else None
 
     def ready(about: Ready) -> None:
         found = start_pod(base, sockets, agent, words)
-        _announce(about, base, agent, as_json)
+        _announce(about, base, agent, as_json, state)
         if not as_json:
             if found:
-                _tell_found(about, agent, list(command))
+                _tell_found(about, agent, list(command), state)
             if log_path is not None:
                 print(f"The log is in {log_path}.", flush=True)
 
-    run(serve_node(config, ready, log_path, web_asked=bool(web_port)))
+    interrupted = run(serve_node(config, ready, log_path, web_asked=bool(web_port)))
+    if interrupted and sys.stdout.isatty() and not as_json:
+        print(f"\nThe node has stopped, the programs go on; `{spoken('down', state=state)}` ends them.", flush=True)
+
+
+def _tell_listable(base: str) -> None:
+    """Says that others may look into a directory that is not of our making; to change it is left to whose it is."""
+    if os.stat(base).st_mode & 0o077:
+        print(f"sterna: {base} can be listed by others: `chmod 700 {shlex.quote(base)}`.", file=sys.stderr, flush=True)
 
 
 def start_pod(base: str, sockets: str, agent: str, command: list[str]) -> bool:
@@ -128,8 +138,12 @@ def running_pid(directory: str) -> int:
     return _answers(os.path.join(directory, LOCAL_SOCKET))
 
 
-def runs_already(directory: str, pid: int, state: str | None) -> UsageError:
-    """Returns the error for a second node with the state of one that runs; `state` is the client's own."""
+def runs_already(directory: str, pid: int, state: str | None, *, chosen: str | None, elsewhere: bool) -> UsageError:
+    """Returns the error for a second node with the state of one that runs; `state` is the client's own.
+
+    `chosen` is the state that the user named, if any; `elsewhere` says that the second one was to listen somewhere
+    else: then the first has to stop, but not its programs.
+    """
     from sterna.client.calls import Caller
     from sterna.client.endpoint import find
 
@@ -138,45 +152,54 @@ def runs_already(directory: str, pid: int, state: str | None) -> UsageError:
             place = f", port {caller.call('node')['port']}"
     except SternaError:
         place = ""
-    return UsageError(f"A node runs here already (pid {pid}{place}): `sterna attach`, or stop it with `sterna down`.")
+    if elsewhere:
+        do = f"stop it with Ctrl-C where it runs, or with `kill {pid}` (the programs go on), then start this one again"
+    else:
+        here = "".join(f" {shlex.quote(word)}" for word in in_state(chosen))
+        do = f"`sterna attach{here}`, or stop it with `sterna down{here}`, which ends its programs too"
+    return UsageError(f"A node runs here already (pid {pid}{place}): {do}.")
 
 
-def _beside(base: str, sockets: str, agent: str, command: list[str], as_json: bool) -> None:
+def _beside(
+    base: str, sockets: str, agent: str, command: list[str], as_json: bool, state: str | None, host: str
+) -> None:  # fmt: skip
     """Starts only an agent, as the node runs already; raises UsageError if the agent does, too."""
     directory = os.path.join(base, "node")
     pid = running_pid(directory)
     if _answers(os.path.join(sockets, f"local_{agent}")):
-        raise runs_already(directory, pid, base)
+        raise runs_already(directory, pid, base, chosen=state, elsewhere=host != _LOOPBACK)
     start_pod(base, sockets, agent, command)
     if as_json:
         print(json.dumps({"pid": pid, "state": base, "agent": agent}), flush=True)
         return
     print(f"The node runs already (pid {pid}).")
-    print(f"The agent {agent!r} is ready:  {_attach(agent)}", flush=True)
+    print(f"The agent {agent!r} is ready:  {_attach(agent, state)}", flush=True)
 
 
-def _attach(agent: str) -> str:
-    return f"{shlex.join(program())} attach" + ("" if agent == "main" else f" {agent}")
+def _attach(agent: str, state: str | None) -> str:
+    return spoken("attach", *([] if agent == "main" else [agent]), state=state)
 
 
-def _tell_found(about: Ready, agent: str, command: list[str]) -> None:
+def _tell_found(about: Ready, agent: str, command: list[str], state: str | None) -> None:
     """Says what an agent that ran already goes on with."""
     label, sessions = about.agent(agent, _ASK_SECONDS)
     if command and label and label != " ".join(command)[: len(label)]:
-        print(f"The agent {agent!r} goes on with `{label}`; `sterna down` first to change it.")
+        print(f"The agent {agent!r} goes on with `{label}`; `{spoken('down', state=state)}` first to change it.")
     if label is not None:
         print(f"{sessions} session{'' if sessions == 1 else 's'} found again.", flush=True)
 
 
-def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
+def _announce(about: Ready, base: str, agent: str, as_json: bool, state: str | None) -> None:
     from sterna.cli.service import logout_hint
 
     about.opened.wait()
     hint = logout_hint()
     if hint is not None:
         print(hint, file=sys.stderr, flush=True)
-    if about.without:
-        print(f"sterna: {about.without}", file=sys.stderr, flush=True)
+    # Where nobody reads along, the log says it of QUIC, which sessions do without.
+    for line in (about.no_quic if sys.stderr.isatty() else "", about.without):
+        if line:
+            print(f"sterna: {line}", file=sys.stderr, flush=True)
     if as_json:
         text = json.dumps(
             {
@@ -194,14 +217,13 @@ def _announce(about: Ready, base: str, agent: str, as_json: bool) -> None:
     place = f"{about.host} port {about.port}"
     print(f"The node listens on {place} (pid {os.getpid()}, fingerprint {about.fingerprint}).")
     if about.url is not None:
-        _tell_page(about, about.url)
-    print(f"The agent {agent!r} is ready:  {_attach(agent)}")
-    print(f"Ctrl-C stops the node, the programs go on; `{shlex.join(program())} down` stops all.", flush=True)
+        _tell_page(about, about.url, state)
+    print(f"The agent {agent!r} is ready:  {_attach(agent, state)}")
+    print(f"Ctrl-C stops the node, the programs go on; `{spoken('down', state=state)}` stops all.", flush=True)
 
 
-def _tell_page(about: Ready, url: str) -> None:
+def _tell_page(about: Ready, url: str, state: str | None) -> None:
     """Says where the web page is; on a terminal with a link that opens it: a secret, which logs must not have."""
-    share = shlex.join([*program(), "share"])
     host, away = _page_host(about.host)
     link = None
     if sys.stdout.isatty():
@@ -210,7 +232,7 @@ def _tell_page(about: Ready, url: str) -> None:
         except SternaError as error:
             print(f"sterna: there is no link to the web page now: {error}", file=sys.stderr)
     if link is None:
-        print(f"The web page is at {url}; `{share}` makes a link for another device.")
+        print(f"The web page is at {url}; `{spoken('share', state=state)}` makes a link for another device.")
     elif away:
         from sterna.cli.access import print_qr
 
@@ -218,12 +240,12 @@ def _tell_page(about: Ready, url: str) -> None:
         print("The code above opens all sessions on your phone, as does this link in the browser of another device:")
         print(f"    {link}")
         print("It is good for an hour and for the first that uses it; browsers warn first, as no public authority made")
-        print(f"the node's certificate. `{share} --all` makes another one.")
+        print(f"the node's certificate. `{spoken('share', '--all', state=state)}` makes another one.")
     else:
         print("In a browser on this machine, within an hour, this opens all sessions for the first that uses it:")
         print(f"    {link}")
-        again = shlex.join([*program(), "up", "--host"])
-        print(f"For your phone the node has to listen where that can reach it: `{again} 0.0.0.0`.")
+        again = spoken("up", "--host", "0.0.0.0", state=state)  # noqa: S104 -- told, not bound to
+        print(f"For your phone the node has to listen where that can reach it: Ctrl-C here, then `{again}`.")
 
 
 def _page_host(listening: str) -> tuple[str, bool]:

@@ -129,7 +129,9 @@ class Attach:
             elif self._close.status is None and self._close.signal is None:
                 lines.append(f"The session {self._name} was closed.")
             elif self._name and os.isatty(self._terminal.out_fd):
-                lines.append(f"The session {self._name} ended.")
+                signal, status = self._close.signal, self._close.status
+                how = f" by signal {signal}" if signal is not None else f" with status {status}" if status else ""
+                lines.append(f"The session {self._name} ended{how}.")
         elif self._left:
             again = self._options.again.replace("NAME", self._name)
             line = f"Detached from {self._name}; `{again}` comes back."

@@ -26,6 +26,7 @@ from sterna.node.doorkeeper import Doorkeeper
 from sterna.node.pods import Pod, PodRegistry, Port
 from sterna.node.store import Store
 from sterna.node.table import SessionTable
+from sterna.node.turns import Turns
 from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.session import Session
@@ -95,6 +96,7 @@ class Node:
         self.registry = PodRegistry(self.sockets, self.table, self.reactor, self.ticker, config.tenants())
         self.calls = Calls(self)
         self.call_queue = CallQueue(self.reactor)
+        self.turns = Turns(self.reactor)
         self.connections: set[ClientConnection] = set()
         self._unproved: dict[ClientConnection, None] = {}
         # What else has files open here (the journal, the store, pods) must find room beside the clients.
@@ -105,6 +107,7 @@ class Node:
         self._secured: dict[Listener, str] = {}
         self._tls: Listener | None = None
         self._quic: QuicListener | None = None
+        self.no_quic = ""  # a sentence where it should be there and cannot
         self._sweeps = 0
         self._timer: asyncio.TimerHandle | None = None
         self._checkpointing: asyncio.Future[bool] | None = None
@@ -157,6 +160,7 @@ class Node:
             if config.quic_port != QUIC_PORT:
                 raise
             log.warning("no QUIC", extra={"reason": str(error)})
+            self.no_quic = f"There is no QUIC: {error}"
             return None
         try:
             return QuicListener(

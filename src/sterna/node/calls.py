@@ -14,6 +14,7 @@ from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, RefusedError, SternaError
 from sterna.ids import DeviceId, check_name, clean_label, uid_of
 from sterna.node.doorkeeper import Visitor
+from sterna.node.schema import Issuer
 from sterna.node.store import DEVICES_PER_TENANT_MAX, REVOKED_TEXT, DeviceRow, SessionRow
 from sterna.node.table import AGENT_NAME_TEXT
 from sterna.protocol import messages
@@ -145,13 +146,14 @@ class Calls:
 
     def _describe(self, row: SessionRow) -> dict[str, Any]:
         live = self._node.table.loaded(row.number)
-        state = live.state.value if live is not None else str(row.state)
+        # Whoever was attached when the node was killed keeps no session busy that is not in memory since.
+        idle = State.SUSPENDED if row.state == State.ACTIVE else State(row.state)
         return {
             "name": row.name,
             "uid": row.uid.hex(),
             "agent": row.agent,
             "kind": row.kind,
-            "state": State(state).value,
+            "state": (live.state if live is not None else idle).value,
             "created": row.created // SECOND,
             "changed": row.changed // SECOND,
             "attached": len(live.attachments) if live is not None else 0,
@@ -246,14 +248,17 @@ class Calls:
         text, hashed = new_ticket()
         wall = SYSTEM_CLOCK.wall()
         number, agents = (row.number, row.agent) if row is not None else (None, "*")
-        self._node.store.add_ticket(hashed, visitor.tenant, number, agents, mode, wall + request.ttl * SECOND, wall)
+        issuer = Issuer(visitor.device, visitor.token, visitor.expires * SECOND, visitor.owner)
+        expires = self._node.store.add_ticket(
+            hashed, visitor.tenant, number, agents, mode, wall + request.ttl * SECOND, wall, issuer
+        )
         return {
             "ticket": text,
             "session": row.uid.hex() if row is not None else None,
             "name": row.name if row is not None else None,
             "agent": row.agent if row is not None else None,
             "mode": request.mode,
-            "expires": wall // SECOND + request.ttl,
+            "expires": expires // SECOND,
             **self._about(visitor, _Page()),
         }
 
@@ -265,6 +270,8 @@ class Calls:
             "node": self._node.identity.node_id.hex(),
             "host": host,
             "port": port,
+            "quic_port": self._node.quic_port,
+            "no_quic": self._node.no_quic,
             "web_port": self._node.config.web_port,
             "web_host": self._node.config.web_host or host,
             "tenant": visitor.tenant,
@@ -313,13 +320,17 @@ class Calls:
                 for attachment in list(session.attachments.values()):
                     if attachment.device == device:
                         session.drop(attachment, Code.REVOKED, REVOKED_TEXT, now)
+                        self._node.table.store_state(session)
+                        self._node.ticker.watch(session)
         for connection in self._node.connections:
             caller = connection.visitor
             if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):
                 connection.visitor = None  # no more CALLs
-                others = any(attachment.session is not None for attachment in connection.attachments.values())
-                if caller is not visitor and not others:
-                    connection.link.fail(Code.REVOKED, REVOKED_TEXT)
+                connection.watch()
+            elif caller is not None or connection.who != (visitor.tenant, device):
+                continue
+            if caller is not visitor and not connection.living:
+                connection.link.fail(Code.REVOKED, REVOKED_TEXT)
         return {"device": device.hex()}
 
     def _device(self, tenant: str, which: str) -> DeviceId:

@@ -12,7 +12,7 @@ from sterna.errors import Code, ProtocolError, RefusedError, SternaError, Storag
 from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_label
 from sterna.node.doorkeeper import Visitor
 from sterna.node.pods import RESTARTED_TEXT
-from sterna.node.store import REVOKED_TEXT, SessionRow
+from sterna.node.store import REVOKED_TEXT, AttachmentRow, SessionRow
 from sterna.protocol import messages
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.codec import Frame
@@ -23,7 +23,8 @@ from sterna.protocol.session import Session
 from sterna.protocol.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from asyncio import TimerHandle
+    from collections.abc import Callable, Iterator
 
     from sterna.node.app import Node
     from sterna.transport.pump import Conduit, Owner
@@ -32,18 +33,26 @@ _DATA, _ACK, _SIGNAL, _EOF = int(Type.DATA), int(Type.ACK), int(Type.SIGNAL), in
 _INPUT = frozenset((_DATA, _SIGNAL, _EOF))
 _FAILURES = (Code.DENIED, Code.REVOKED, Code.EXPIRED)
 _RETRY_SECONDS = 0.2
+_UNUSED_SECONDS = 10.0
+_CROWDED_SECONDS = 5.0
+# What a frame takes of a turn's share: a signature, the database, or every device of a session have to do with these.
+_COSTS = {
+    int(Type.CONNECT): 32, int(Type.RESUME): 32, int(Type.CALL): 4,
+    int(Type.RESIZE): 8, int(Type.SUSPEND): 8, int(Type.CLOSE): 8, int(Type.ERROR): 8,
+}  # fmt: skip
 
 
 class ClientConnection:
     """A connection from clients: any number of attachments, each on a handle that the client chose.
 
     `last` is when bytes last came and `since` when it began, in monotonic nanoseconds; `proved` says that somebody
-    on it proved who they are; `visitor` may make CALLs.
+    on it proved who they are, `who` is the last that did, a tenant's device; `visitor` may make CALLs; `frames` wait
+    for this connection's next turn.
     """
 
     __slots__ = (
-        "attachments", "calls", "highest", "last", "link", "local", "node", "pending", "pinged", "proved", "pump",
-        "since", "visitor",
+        "attachments", "calls", "early", "frames", "highest", "last", "link", "local", "node", "pending", "pinged",
+        "proved", "pump", "since", "timer", "visitor", "who",
     )  # fmt: skip
 
     def __init__(self, node: Node, carry: Callable[[Link, Owner], Conduit], *, local: bool) -> None:
@@ -51,10 +60,13 @@ class ClientConnection:
         self.node = node
         self.link = Link()
         self.attachments: dict[int, Attachment] = {}
-        self.pending = self.calls = 0
+        self.frames: Iterator[Frame] | None = None
+        self.pending = self.calls = self.early = 0
         self.highest = 0
         self.since = self.last = SYSTEM_CLOCK.monotonic()
         self.proved = self.pinged = False
+        self.timer: TimerHandle | None = None
+        self.who: tuple[str, DeviceId] | None = None
         self.local = local
         self.visitor: Visitor | None = None
         self.pump = carry(self.link, self)
@@ -63,26 +75,61 @@ class ClientConnection:
 
     def received(self, pump: Conduit, data: memoryview) -> None:
         """Takes the client's bytes."""
-        now = self.last = SYSTEM_CLOCK.monotonic()
         self.pinged = False
+        if self.frames is None:
+            self.frames = iter(self.link.receive(data, limits.FRAMES_PER_TURN_MAX))
+            self._deal()
+            return
+        self.last = SYSTEM_CLOCK.monotonic()
+        self.link.keep(data)
+        if self.link.waiting > limits.HELD_MAX_BYTES:
+            self.pump.abort("it sends more than can be dealt with")
+
+    def _go_on(self) -> None:
+        """Takes this connection's next turn."""
+        if not self.link.closing:
+            self._deal()
+
+    def _deal(self) -> None:
+        """Deals with frames until this turn's share is used up; the rest waits for its turn, and nothing is read."""
+        link, share = self.link, limits.FRAMES_PER_TURN_MAX
+        while True:
+            share = self._some(self.frames or iter(()), share)
+            if link.closing or (share > 0 and not link.more):
+                break
+            if share <= 0:
+                self.pump.hold(True)
+                self.node.turns.wait(self._go_on)
+                return
+            self.frames = iter(link.receive(b"", share))
+        self.frames = None
+        self.pump.hold(False)
+        link.check()
+        if link.blocked and not self.proved:
+            self.pump.abort("a stranger does not read what it is answered")
+
+    def _some(self, frames: Iterator[Frame], share: int) -> int:
+        """Deals with frames that cost no more than a share; returns what is left of it."""
+        now = self.last = SYSTEM_CLOCK.monotonic()
         link = self.link
         try:
-            for frame in link.receive(data):
+            for frame in frames:
                 if link.closing:
                     break  # what comes behind a refusal does not count
                 if link.out_bytes > limits.OUTBOUND_MAX_BYTES:
                     self.pump.abort("it asks for more than may wait for it")
-                    return
+                    break
                 attachment = self.attachments.get(frame[1])
                 if attachment is not None:
                     self._attached(attachment, frame, now)
                 else:
                     self._frame(frame, now)
+                share -= _COSTS.get(frame[0], 1)
+                if share <= 0:
+                    break
         except ProtocolError as error:
             link.fail(error.code, f"{error}.")
-        link.check()
-        if link.blocked and not self.proved:
-            self.pump.abort("a stranger does not read what it is answered")
+        return share
 
     def drained(self, pump: Conduit) -> None:
         """Goes on with bulk data."""
@@ -98,6 +145,9 @@ class ClientConnection:
         for attachment in list(self.attachments.values()):
             self._detach(attachment, now)
         self.attachments.clear()
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         self.node.gone(self, reason)
 
     # ---- frames of an attachment -------------------------------------------------------------------------------
@@ -130,6 +180,8 @@ class ClientConnection:
             raise ProtocolError(Code.BAD_HANDLE, f"handle {handle} is in use")
         if session.events:
             self.node.table.settle(session)
+        if attachment.session is None:
+            self.node.table.store_state(session)
         self.node.ticker.watch(session)
 
     def _detach(self, attachment: Attachment, now: int, *, polite: bool = False) -> None:
@@ -145,6 +197,10 @@ class ClientConnection:
 
     def _frame(self, frame: Frame, now: int) -> None:
         kind, handle, _, payload = frame
+        if not self.proved:
+            self.early += 1
+            if self.early > limits.FRAMES_BEFORE_PROOF_MAX:
+                raise ProtocolError(Code.RATE_LIMITED, "too many frames without a proof")
         if kind in (Type.CONNECT, Type.RESUME):
             self._begin(kind, handle, messages.unpack(Signed, payload), now)
         elif handle:
@@ -181,15 +237,16 @@ class ClientConnection:
                 body = messages.unpack(ConnectBody, signed.body)
                 visitor = door.connect(signed, body)
                 self._admit(visitor.tenant, visitor.device if visitor.guest else None)
-                self._prove()
+                self._prove(visitor.tenant, visitor.device)
                 self.visitor = visitor
                 self._connect(handle, visitor, body, now)
             else:
                 resume = messages.unpack(ResumeBody, signed.body)
                 row = door.resume(signed, resume)
-                self._admit(row.tenant, None)
-                self._prove()
-                self._resume(handle, row.mode, row.exact, row.device, row.label, row.number, resume, now)
+                self._admit_back(row)
+                self._prove(row.tenant, row.device)
+                self.watch()
+                self._resume(handle, row, resume)
         except ProtocolError:
             raise
         except SternaError as error:
@@ -200,10 +257,52 @@ class ClientConnection:
         if not self.local:  # those have places of their own
             self.node.crowd.admit(self, tenant, guest)
 
-    def _prove(self) -> None:
+    def _admit_back(self, row: AttachmentRow) -> None:
+        """Admits who RESUMEs; a guest with all the connections that it may have gets the place of the one it left."""
+        guest = row.device if row.guest else None
+        try:
+            self._admit(row.tenant, guest)
+        except RefusedError as error:
+            session = self.node.table.loaded(row.number)
+            old = session.attachments.get(row.id) if session is not None and guest is not None else None
+            left = next((each for each in self.node.connections if old is not None and each.link is old.link), None)
+            others = left.pending + len(left.living) - 1 if left is not None else 0
+            if left is None or others:
+                # Those that it lost count until that is noticed: it is to come again, not to give up.
+                raise RefusedError(Code.BUSY, str(error), retry_after=_CROWDED_SECONDS) from None
+            left.pump.abort("its device came back on another connection")
+            self._admit(row.tenant, guest)
+
+    @property
+    def living(self) -> list[Attachment]:
+        """The attachments that have not ended."""
+        return [each for each in self.attachments.values() if each.session is not None]
+
+    def _prove(self, tenant: str, device: DeviceId) -> None:
+        self.who = tenant, device
         if not self.proved:
             self.proved = True
             self.node.proved(self)
+
+    def watch(self) -> None:
+        """Sees to it that the connection ends when it is of no use: nothing attached, and nobody who may make CALLs."""
+        if self.timer is None:
+            self._look_later(unused=False)
+
+    def _look_later(self, *, unused: bool) -> None:
+        loop, run = self.node.reactor.loop, self.node.reactor.run
+        self.timer = loop.call_later(_UNUSED_SECONDS, run, functools.partial(self._look, unused=unused))
+
+    def _look(self, *, unused: bool) -> None:
+        """Ends it if it is unused, and was so when it was looked at before."""
+        if self.pump.closed or self.link.closing or self.visitor is not None:
+            self.timer = None
+        elif self.pending or self.living:
+            self._look_later(unused=False)
+        elif not unused:
+            self._look_later(unused=True)
+        else:
+            self.link.fail(Code.TIMEOUT, "Nothing is attached on this connection: connect again when you need it.")
 
     def _refuse(self, handle: int, error: SternaError, now: int) -> None:
         more: dict[str, float | int | str | None] = {}
@@ -271,7 +370,9 @@ class ClientConnection:
         if known is None:
             live = self.node.table.loaded(row.number)
             connected = live.attachments if live is not None else ()
-            store.add_attachment(attachment_id, row.number, visitor.device, body.mode, body.exact, wall, connected)
+            store.add_attachment(
+                attachment_id, row.number, visitor.device, body.mode, body.exact, wall, connected, visitor.guest
+            )
             store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
         return row, created
 
@@ -294,7 +395,7 @@ class ClientConnection:
         if device is not None and device.revoked:
             self.link.refuse(attachment.handle, Code.REVOKED, REVOKED_TEXT)
             return
-        full = no_place(session, attachment, lambda: guest)
+        full = no_place(session, attachment, guest=guest)
         if full:
             self.link.refuse(attachment.handle, Code.LIMIT, full)
             return
@@ -305,8 +406,20 @@ class ClientConnection:
         if old is not None:
             session.drop(old, Code.DISPLACED, "This attachment was connected again.", now)
         node, quic = self.node.identity.node_id, self.node.quic_port
+        created = created or self._began(session, attachment.device, body.request)
         session.attach(attachment, now, output=body.output, node=node, created=created, quic=quic)
         self._settled(session)
+
+    def _began(self, session: Session, device: DeviceId, request: bytes) -> bool:
+        """Tells whether a session was begun by an earlier CONNECT of this request, and all of its output is here.
+
+        Whoever repeats its CONNECT because the ACCEPT is late has shown nothing yet, and nothing is to be cleared.
+        """
+        store = self.node.store
+        known, row = store.find_request(device, request, SYSTEM_CLOCK.wall()), store.session(session.id)
+        if known is None or row is None or session.log.tail:
+            return False
+        return known.session == row.number and row.owner == device and row.created >= known.at
 
     def _find(self, visitor: Visitor, body: ConnectBody) -> tuple[SessionRow | None, bool]:
         """Returns the session that a CONNECT means, made if it asks for that."""
@@ -385,21 +498,19 @@ class ClientConnection:
 
     # ---- RESUME ------------------------------------------------------------------------------------------------
 
-    def _resume(
-        self, handle: int, mode: str, exact: bool, device: DeviceId, label: str, number: int, body: ResumeBody, now: int
-    ) -> None:
-        session = self.node.table.load(number)
+    def _resume(self, handle: int, row: AttachmentRow, body: ResumeBody) -> None:
+        session = self.node.table.load(row.number)
         if session is None:
-            row = self.node.store.session(number)
-            if row is None:
+            end = self.node.store.session(row.number)
+            if end is None:
                 raise RefusedError(Code.DENIED, "Access denied: the token, ticket or key is not valid for this.")
-            farewell = messages.Close(row.end_code or int(Code.ENDED), row.end_reason or "", row.status, row.signal)
+            farewell = messages.Close(end.end_code or int(Code.ENDED), end.end_reason or "", end.status, end.signal)
             self.link.send_message(Type.CLOSE, handle, farewell)
             return
-        attachment = self._attachment(handle, AttachmentId(body.attachment), device, mode, clean_label(label))
-        attachment.exact = exact
+        attachment = self._attachment(handle, row.id, row.device, row.mode, clean_label(row.label))
+        attachment.exact = row.exact
         attachment.cols, attachment.rows = _cells(body.cols, body.rows)
-        attachment.answers = not exact and bool(body.cols)
+        attachment.answers = not row.exact and bool(body.cols)
         self.pending += 1
 
         def ready(reason: str) -> None:
@@ -413,11 +524,11 @@ class ClientConnection:
             if session.state is State.CLOSED:
                 self.link.refuse(handle, Code.ENDED, "This session was closed.")
                 return
-            known = self.node.store.device(device, session.tenant)
+            known = self.node.store.device(row.device, session.tenant)
             if known is not None and known.revoked:  # while the agent was waited for
                 self.link.refuse(handle, Code.REVOKED, REVOKED_TEXT)
                 return
-            full = no_place(session, attachment, lambda: self.node.store.has_ticket(session.tenant, device))
+            full = no_place(session, attachment, guest=row.guest)
             if full:
                 self.link.refuse(handle, Code.LIMIT, full)
                 return
@@ -450,7 +561,7 @@ class ClientConnection:
         if self.pump.closed or self.link.closing:
             return
         if self.visitor is None:
-            self.link.fail(Code.DENIED, "This device was revoked.")
+            self.link.fail(Code.REVOKED, REVOKED_TEXT)
         elif self.pump.queued > limits.OUTBOUND_MAX_BYTES:
             self.pump.abort("it asks for more than may wait for it")
         else:
@@ -458,7 +569,7 @@ class ClientConnection:
             self.link.send_message(Type.RESULT, 0, result)
 
 
-def no_place(session: Session, attachment: Attachment, is_guest: Callable[[], bool]) -> str:
+def no_place(session: Session, attachment: Attachment, *, guest: bool) -> str:
     """Returns why a session has no place for one more attachment, "" if it has one.
 
     Who came by a link gets at most a quarter of the places, and all of them together three quarters: the others are
@@ -473,7 +584,7 @@ def no_place(session: Session, attachment: Attachment, is_guest: Callable[[], bo
     if len(there) >= most:
         return f"A session has at most {most} {'attachments' if drives else 'watchers'}."
     quarter = most // 4
-    if (there.count(attachment.device) >= quarter or len(there) >= most - quarter) and is_guest():
+    if guest and (there.count(attachment.device) >= quarter or len(there) >= most - quarter):
         return "Links have too many places in this session already: leave it elsewhere, then try again."
     return ""
 

@@ -48,10 +48,13 @@ class Visitor:
     """Who is behind a connection once CONNECT was proved: its tenant, device, and what it may use.
 
     `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch". `guest` says
-    that a ticket let it in, `admin` that it is the node's own user (by the local token).
+    that a ticket let it in, `admin` that it is the node's own user (by the local token). `token` is the id of what let
+    it in otherwise, "" for the node's own user, and `expires` when that is over, in Unix seconds (0: never).
     """
 
-    __slots__ = ("admin", "agents", "device", "guest", "label", "modes", "public", "session", "tenant")
+    __slots__ = (
+        "admin", "agents", "device", "expires", "guest", "label", "modes", "public", "session", "tenant", "token",
+    )  # fmt: skip
 
     def __init__(
         self, tenant: str, device: DeviceId, public: bytes, agents: tuple[str, ...], modes: frozenset[str]
@@ -63,7 +66,8 @@ class Visitor:
         self.modes = modes
         self.session: int | None = None
         self.guest = self.admin = False
-        self.label = ""
+        self.label = self.token = ""
+        self.expires = 0
 
     @property
     def owner(self) -> bool:
@@ -178,6 +182,7 @@ class Doorkeeper:
                 raise RefusedError(Code.DENIED, _DENIED)
             visitor = Visitor(grant.tenant, device, body.key, tuple(grant.agents), grant.modes)
             visitor.admin = grant.token == LOCAL_GRANT.token
+            visitor.token, visitor.expires = "" if visitor.admin else grant.token, grant.expires
         self._store.put_device(device, body.key, visitor.tenant, body.label, wall)
         return visitor
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from sterna.ids import AttachmentId, DeviceId, SessionUid
 from sterna.protocol.messages import Kind, Mode
 from sterna.protocol.states import State
+
+if TYPE_CHECKING:
+    from sterna.node.database import Database
 
 APPLICATION_ID = 0x53544E41
 """Marks the file as ours ("STNA"; sqlite.org/pragma.html#pragma_application_id)."""
@@ -24,6 +27,8 @@ PHASES = {
     State.CLOSED: CLOSED_PHASE,
 }
 """The coarse state: most indexes stand on it, so that going from active to suspended and back leaves them untouched."""
+
+_INDEX_OF_ISSUERS = "CREATE INDEX tickets_token ON tickets (token)"
 
 # AUTOINCREMENT: the journal's logs are named by number, so a number must never come back.
 TABLES = (
@@ -56,7 +61,7 @@ TABLES = (
     CREATE TABLE attachments (
         id BLOB PRIMARY KEY, session INTEGER NOT NULL, device INTEGER NOT NULL, agent TEXT NOT NULL,
         open INTEGER NOT NULL, mode TEXT NOT NULL, exact INTEGER NOT NULL, counter INTEGER NOT NULL,
-        race BLOB NOT NULL, used INTEGER NOT NULL
+        race BLOB NOT NULL, used INTEGER NOT NULL, guest INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID
     """,
     "CREATE INDEX attachments_session ON attachments (session, used)",
@@ -72,18 +77,40 @@ TABLES = (
     """
     CREATE TABLE tickets (
         hash BLOB PRIMARY KEY, tenant TEXT NOT NULL, session INTEGER, agents TEXT NOT NULL, mode TEXT NOT NULL,
-        expires INTEGER NOT NULL, device BLOB
+        expires INTEGER NOT NULL, device BLOB, issuer BLOB NOT NULL DEFAULT x'', token TEXT NOT NULL DEFAULT '',
+        until INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID
     """,
     "CREATE INDEX tickets_tenant ON tickets (tenant, expires)",
     "CREATE INDEX tickets_expires ON tickets (expires)",
     "CREATE INDEX tickets_session ON tickets (session) WHERE session IS NOT NULL",
+    _INDEX_OF_ISSUERS,
     "CREATE TABLE revoked_tokens (id TEXT PRIMARY KEY) WITHOUT ROWID",
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
 
 ADDED = [statement for statement in TABLES if "IF NOT EXISTS" in statement]
 """What files of this version may lack that were made before it came."""
+ADDED_COLUMNS = {
+    ("tickets", "token"): (
+        "ALTER TABLE tickets ADD COLUMN issuer BLOB NOT NULL DEFAULT x''",
+        "ALTER TABLE tickets ADD COLUMN token TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE tickets ADD COLUMN until INTEGER NOT NULL DEFAULT 0",
+        _INDEX_OF_ISSUERS,
+        # Nobody knows who made these, so no revocation ends them: time has to.
+        "UPDATE tickets SET until = strftime('%s', 'now', '+30 days') * 1000000000",
+    ),
+    ("attachments", "guest"): (
+        "ALTER TABLE attachments ADD COLUMN guest INTEGER NOT NULL DEFAULT 0",
+        """
+        UPDATE attachments SET guest = 1 WHERE EXISTS (
+            SELECT 1 FROM devices d JOIN tickets t ON t.tenant = d.tenant AND t.device = d.device
+            WHERE d.row = attachments.device
+        )
+        """,
+    ),
+}
+"""The columns that such files may lack, and what adds them."""
 
 SELECT_SESSION = (
     "SELECT s.number, s.uid, s.log_id, s.tenant, s.agent, s.name, s.label, s.kind, s.state, s.epoch, s.created, "
@@ -92,7 +119,7 @@ SELECT_SESSION = (
 )
 SELECT_ATTACHMENT = (
     "SELECT a.id, a.session, s.uid, s.tenant, s.agent, s.state, d.device, d.public, d.label, d.revoked, a.mode, "
-    "a.exact, a.counter, a.race, a.used "
+    "a.exact, a.counter, a.race, a.used, a.guest "
     "FROM attachments a JOIN sessions s ON s.number = a.session JOIN devices d ON d.row = a.device "
 )
 SELECT_DEVICE = (
@@ -137,7 +164,8 @@ class SessionRow(msgspec.Struct, frozen=True, gc=False):
 class AttachmentRow(msgspec.Struct, frozen=True, gc=False):
     """One attachment with what a RESUME is checked against: its session's uid and state, its device's public key.
 
-    `number` is the session's, `counter` and `race` are what was spent last, `used` is in Unix nanoseconds.
+    `number` is the session's, `counter` and `race` are what was spent last, `used` is in Unix nanoseconds; `guest` says
+    that its device came by a share ticket.
     """
 
     id: AttachmentId
@@ -155,6 +183,7 @@ class AttachmentRow(msgspec.Struct, frozen=True, gc=False):
     counter: int
     race: bytes
     used: int
+    guest: bool = False
 
 
 class DeviceRow(msgspec.Struct, frozen=True, gc=False):
@@ -188,6 +217,28 @@ class TicketRow(msgspec.Struct, frozen=True, gc=False):
     expires: int
 
 
+class Issuer(msgspec.Struct, frozen=True, gc=False):
+    """Who makes a share ticket: a device, and the id of the token that it came with ("": the node's own user).
+
+    `until` is when that token expires, in Unix nanoseconds (0: never); `owner` says that it has all of its tenant's
+    rights.
+    """
+
+    device: DeviceId = DeviceId(b"")
+    token: str = ""
+    until: int = 0
+    owner: bool = True
+
+
+def complete(database: Database) -> None:
+    """Adds the columns to a file that was made before they came; all of them, or none where the disk fails."""
+    with database.transaction:
+        for (table, column), statements in ADDED_COLUMNS.items():
+            if database.one("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column)) is None:
+                for statement in statements:
+                    database.write(statement)
+
+
 _STATES = {state.value: state for state in State}
 _decode_argv = msgspec.msgpack.Decoder(list[str]).decode
 
@@ -205,7 +256,7 @@ def attachment_row(row: Any) -> AttachmentRow:
     """Returns a row of SELECT_ATTACHMENT as what it means."""
     values = list(row)
     values[5] = _STATES[values[5]]
-    values[9], values[11] = bool(values[9]), bool(values[11])
+    values[9], values[11], values[15] = bool(values[9]), bool(values[11]), bool(values[15])
     return AttachmentRow(*values)
 
 

@@ -31,9 +31,11 @@ from sterna.node.schema import (
     SessionRow,
     TicketRow,
     attachment_row,
+    complete,
     device_row,
     session_row,
 )
+from sterna.node.tickets import BATCH_MAX, END_ISSUED, SWEEP_ROWS, Tickets
 from sterna.protocol.states import State
 from sterna.units import SECOND
 
@@ -44,24 +46,19 @@ if TYPE_CHECKING:
 
 __all__ = ["AttachmentRow", "DeviceRow", "RequestRow", "SessionRow", "Store", "TicketRow"]
 
-BATCH_MAX = 1_000
 TOMBSTONES_PER_TENANT_MAX = limits.SESSIONS_PER_TENANT_MAX
 DEVICES_PER_TENANT_MAX = 4_096
-TICKETS_PER_TENANT_MAX = 1_000
 REQUESTS_MAX = 100_000
-# Several old ones go for each new one, so that what is expired never piles up.
-SWEEP_ROWS = 4
 REVOKED_TOKENS_MAX = 10_000
 SEEN_EVERY_SECONDS = 60
 NAME_MAX_CHARS = 63
 REVOKED_TEXT = (
-    "This device was revoked: remove its key (the file client/device.key in its state directory), then ask for access "
-    "anew."
+    "This device was revoked: remove its key (of a terminal the file client/device.key in its state directory; a "
+    "browser's page offers to forget it), then ask for access anew."
 )
 # Room for "-" and the largest number a tenant can need.
 _SUFFIX_CHARS = 1 + len(str(limits.SESSIONS_PER_TENANT_MAX * 2))
 _REQUEST_MEMORY = limits.REQUEST_MEMORY_SECONDS * SECOND
-_TICKET_KEPT, _DAY = limits.TICKET_KEPT_SECONDS * SECOND, 86_400 * SECOND
 
 _FINALS = " FROM sessions s JOIN ends e ON e.session = s.number "
 _TENANTS = "SELECT number, tenant FROM sessions WHERE phase > 0"
@@ -69,7 +66,7 @@ _TENANTS = "SELECT number, tenant FROM sessions WHERE phase > 0"
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class Store:
+class Store(Tickets):
     """The node's memory in the directory `directory` (made 0700), for one process at a time.
 
     `damaged` is where an unreadable database was moved to at the start, or None. All methods may raise StorageError.
@@ -89,6 +86,7 @@ class Store:
         self._db = Database(directory)
         try:
             self._db.on_rollback = self._forget_counts
+            complete(self._db)
             self._revocations = Revocations(self._db.directory)
             self._join_revocations()
         except BaseException:
@@ -139,6 +137,7 @@ class Store:
                         "VALUES (?, ?, x'', '', 0, 0, 1) ON CONFLICT (tenant, device) DO UPDATE SET revoked = 1",
                         entry,
                     )
+                self._db.write(END_ISSUED)
             self._revoked = tokens | lost_tokens
         known = (device_line(*each) for each in sorted(devices))
         self._revocations.complete([*map(token_line, sorted(tokens)), *known])
@@ -501,6 +500,7 @@ class Store:
         exact: bool,
         now: int,
         connected: Collection[bytes] = (),
+        guest: bool = False,
     ) -> None:
         """Remembers an attachment of a session and a device of its tenant; one that is known moves to this session.
 
@@ -521,11 +521,11 @@ class Store:
             raise RefusedError(Code.EXISTS, "This attachment is another device's: connect with a new one.")
         with self._db.transaction:
             self._db.write(
-                "INSERT INTO attachments (id, session, device, agent, open, mode, exact, counter, race, used) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, x'', ?) ON CONFLICT (id) DO UPDATE SET session = excluded.session, "
+                "INSERT INTO attachments (id, session, device, agent, open, mode, exact, counter, race, used, guest) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, x'', ?, ?) ON CONFLICT (id) DO UPDATE SET session = excluded.session, "
                 "agent = excluded.agent, open = excluded.open, mode = excluded.mode, exact = excluded.exact, "
-                "used = excluded.used",
-                (attachment_id, session, row[0], row[1], int(row[2] > CLOSED_PHASE), mode, exact, now),
+                "used = excluded.used, guest = excluded.guest",
+                (attachment_id, session, row[0], row[1], int(row[2] > CLOSED_PHASE), mode, exact, now, guest),
             )
             # Whoever may only watch must not be able to make the session forget who drives it.
             known = self._db.all(
@@ -627,7 +627,8 @@ class Store:
     def revoke_device(self, tenant: str, device: DeviceId) -> bool:
         """Refuses a device and all its attachments to this tenant from now on; False if the tenant does not know it.
 
-        It is on the disk when this returns. Raises RefusedError (`LIMIT`) if the tenant revoked too many.
+        The tickets that it issued end. It is on the disk when this returns. Raises RefusedError (`LIMIT`) if the tenant
+        revoked too many.
         """
         row = self._db.one("SELECT revoked FROM devices WHERE tenant = ? AND device = ?", (tenant, device))
         if row is None or row[0]:
@@ -647,7 +648,9 @@ class Store:
         """Writes a revocation into its file, then into the database; if either fails, into neither."""
         size = self._revocations.add(line)
         try:
-            self._db.write(sql, values)
+            with self._db.transaction:
+                self._db.write(sql, values)
+                self._db.write(END_ISSUED)
         except BaseException:
             self._revocations.take_back(line, size)
             raise
@@ -689,66 +692,13 @@ class Store:
         )
         return RequestRow(*row) if row is not None else None
 
-    # ---- tickets and tokens ------------------------------------------------------------------------------------
-
-    def add_ticket(
-        self, hashed: bytes, tenant: str, session: int | None, agents: str, mode: Mode, expires: int, now: int
-    ) -> None:
-        """Remembers a share ticket by its hash until `expires`; `agents` is a glob, `session` a number or None for any.
-
-        Of too many, the one goes that a device has not used for longest. Raises RefusedError (`LIMIT`) if all that the
-        tenant has wait for their first use.
-        """
-        with self._db.transaction:
-            self.purge_tickets(now, SWEEP_ROWS)
-            (count,) = self._db.one("SELECT count(*) FROM tickets WHERE tenant = ? AND expires > ?", (tenant, now))
-            if count >= TICKETS_PER_TENANT_MAX:
-                gone = self._db.write(
-                    "DELETE FROM tickets WHERE hash IN (SELECT hash FROM tickets "
-                    "WHERE tenant = ? AND expires > ? AND device IS NOT NULL ORDER BY expires LIMIT 1)",
-                    (tenant, now),
-                )
-                if not gone:
-                    raise RefusedError(
-                        Code.LIMIT, f"{TICKETS_PER_TENANT_MAX} share tickets are out: wait until some expire."
-                    )
-            self._db.write(
-                "INSERT OR REPLACE INTO tickets (hash, tenant, session, agents, mode, expires) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (hashed, tenant, session, agents, mode, expires),
-            )
-
-    def redeem_ticket(self, hashed: bytes, device: DeviceId, now: int) -> TicketRow | None:
-        """Returns what a ticket allows and binds it to the first device that comes; None if expired or another's.
-
-        Once bound it holds for TICKET_KEPT_SECONDS from each use, which is written once a day.
-        """
-        row = self._db.one(
-            "SELECT tenant, session, agents, mode, expires, device FROM tickets WHERE hash = ? AND expires > ?",
-            (hashed, now),
-        )
-        if row is None or row[5] not in (None, device):
-            return None
-        tenant, session, agents, mode, expires, owner = row
-        if owner is None or now + _TICKET_KEPT - expires >= _DAY:
-            expires = max(expires, now + _TICKET_KEPT)
-            self._db.write("UPDATE tickets SET device = ?, expires = ? WHERE hash = ?", (device, expires, hashed))
-        return TicketRow(tenant, session, agents, mode, expires)
-
-    def has_ticket(self, tenant: str, device: DeviceId) -> bool:
-        """Tells whether a device came to a tenant by a share ticket."""
-        found = self._db.one("SELECT 1 FROM tickets WHERE tenant = ? AND device = ? LIMIT 1", (tenant, device))
-        return found is not None
-
-    def purge_tickets(self, now: int, limit: int = BATCH_MAX) -> int:
-        """Forgets tickets that have expired, at most `limit`; returns how many."""
-        return self._db.write(
-            "DELETE FROM tickets WHERE hash IN (SELECT hash FROM tickets WHERE expires <= ? ORDER BY expires LIMIT ?)",
-            (now, limit),
-        )
+    # ---- tokens ------------------------------------------------------------------------------------------------
 
     def revoke_token(self, token: str) -> None:
-        """Refuses the access token with this id from now on; RefusedError (`LIMIT`) beyond 10,000 of them."""
+        """Refuses the access token with this id from now on, and what tickets it issued.
+
+        Raises RefusedError (`LIMIT`) beyond 10,000 of them.
+        """
         known = self.revoked_tokens()
         if token in known:
             return
@@ -758,12 +708,6 @@ class Store:
             )
         self._revoke(token_line(token), "INSERT INTO revoked_tokens (id) VALUES (?)", (token,))
         self._revoked = known | {token}
-
-    def revoked_tokens(self) -> frozenset[str]:
-        """Returns the ids of all revoked access tokens."""
-        if self._revoked is None:
-            self._revoked = frozenset(token for (token,) in self._db.all("SELECT id FROM revoked_tokens"))
-        return self._revoked
 
     # ---- anything else -----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from sterna.protocol.frame import HEADER, MAGIC, OPTIONAL_FROM, PAYLOAD_LIMITS_B
 Frame: TypeAlias = tuple[int, int, int, bytes]
 """(type, handle, seq, payload); the seq is the header's low 32 bits."""
 
+ALL_FRAMES = 1 << 62
 _LENGTH = limits.HEADER_BYTES
 _unpack = HEADER.unpack_from
 
@@ -19,19 +20,27 @@ _unpack = HEADER.unpack_from
 class Decoder:
     """Turns bytes into frames; after the first fault it takes nothing more.
 
-    It holds at most one partial frame (65,550 bytes). `fault` and `reason` say what was wrong with the peer's bytes.
+    It holds at most one partial frame (65,550 bytes), and what its owner has not asked for. `fault` and `reason` say
+    what was wrong with the peer's bytes, `more` that the last call left what may be whole frames.
     """
 
-    __slots__ = ("_rest", "fault", "reason")
+    __slots__ = ("_rest", "fault", "more", "reason")
 
     def __init__(self) -> None:
         self._rest = b""
+        self.more = False
         self.fault: Code | None = None
         self.reason = ""
 
-    def feed(self, data: bytes | memoryview) -> list[Frame]:
-        """Returns the frames that these bytes complete; a fault ends the list and sets `fault`."""
+    def keep(self, data: bytes | memoryview) -> None:
+        """Takes bytes to look at them later."""
+        if self.fault is None:
+            self._rest += bytes(data)
+
+    def feed(self, data: bytes | memoryview, most: int = ALL_FRAMES) -> list[Frame]:
+        """Returns the frames that these bytes complete, of `most` that are looked at; a fault ends the list."""
         frames: list[Frame] = []
+        self.more = False
         if self.fault is not None:
             return frames
         if self._rest:
@@ -61,6 +70,10 @@ class Decoder:
             at = end
             if limit is not None:
                 frames.append((kind, handle, seq, payload))
+            most -= 1
+            if not most:
+                self.more = size > at
+                break
         self._rest = bytes(view[at:]) if at < size and self.fault is None else b""
         return frames
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sterna.errors import Code
 from sterna.protocol import messages
-from sterna.protocol.codec import Decoder, Frame
+from sterna.protocol.codec import ALL_FRAMES, Decoder, Frame
 from sterna.protocol.frame import Type, encode, header
 
 _JOIN_BELOW = 4096
@@ -34,9 +34,9 @@ class Link:
         self.closing = False
         self.wake = wake
 
-    def receive(self, data: bytes | memoryview) -> list[Frame]:
-        """Returns the frames these bytes complete; broken bytes queue the closing ERROR instead."""
-        frames = self._decoder.feed(data)
+    def receive(self, data: bytes | memoryview, most: int = ALL_FRAMES) -> list[Frame]:
+        """Returns the frames these bytes complete, of `most`; broken bytes queue the closing ERROR instead."""
+        frames = self._decoder.feed(data, most)
         if not frames:
             self.check()
         return frames
@@ -46,6 +46,15 @@ class Link:
         fault, reason = self._decoder.fault, self._decoder.reason
         if fault is not None and not self.closing:
             self.fail(fault, f"{reason[:1].upper()}{reason[1:]}.")
+
+    def keep(self, data: bytes | memoryview) -> None:
+        """Takes bytes to look at them later."""
+        self._decoder.keep(data)
+
+    @property
+    def more(self) -> bool:
+        """Whether what was received may hold more whole frames than were asked for."""
+        return self._decoder.more
 
     def receive_eof(self) -> Code | None:
         """Notes the end of the peer's bytes; returns the fault if it came inside a frame."""

@@ -52,6 +52,9 @@ class Conduit(Protocol):
     def flush(self) -> None:
         """Sends what the link has; what the other side does not take blocks the link until it does."""
 
+    def hold(self, on: bool) -> None:
+        """Stops reading, or goes on; what is on its way may still come."""
+
     def abort(self, reason: str) -> None:
         """Ends the connection at once."""
 
@@ -145,8 +148,8 @@ class Pump:
     """
 
     __slots__ = (
-        "_closed", "_discards", "_fd", "_handshake", "_marked", "_on_open", "_pending", "_raw", "_reactor", "_sock",
-        "_timer", "_tls", "_writing", "data", "link", "owner", "peer",
+        "_closed", "_discards", "_fd", "_handshake", "_held", "_marked", "_on_open", "_pending", "_raw",
+        "_reactor", "_sock", "_timer", "_tls", "_writing", "data", "link", "owner", "peer",
     )  # fmt: skip
 
     def __init__(
@@ -165,7 +168,7 @@ class Pump:
         self._handshake = handshake
         self._on_open = on_open
         self._pending: memoryview | None = None
-        self._writing = self._closed = self._marked = False
+        self._writing = self._closed = self._held = self._marked = False
         self._timer: asyncio.TimerHandle | None = None
         self._discards = _LINGER_MAX_BYTES
         link.wake = self._wake
@@ -252,6 +255,8 @@ class Pump:
             self.owner.received(self, view[:filled])
             if self.link.closing and not self._closed:
                 self.flush()
+        if self._held:
+            return  # the end is told once more when reading goes on
         if ended and not self.link.closing and self.link.receive_eof() is not None:
             # It ended inside a frame and may still read: it is told so.
             self.link.check()
@@ -259,8 +264,19 @@ class Pump:
         if reason:
             self.abort(reason)
 
+    def hold(self, on: bool) -> None:
+        """Stops reading, or goes on."""
+        if on == self._held or self._closed:
+            return
+        self._held = on
+        if on:
+            self._reactor.loop.remove_reader(self._fd)
+        else:
+            self._reactor.loop.add_reader(self._fd, self._readable)
+            self._reactor.loop.call_soon(self._read_on)
+
     def _read_on(self) -> None:
-        if not self._closed:
+        if not self._closed and not self._held:
             self._reactor.run(self._read)
 
     def _wake(self) -> None:

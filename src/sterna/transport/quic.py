@@ -117,6 +117,9 @@ class QuicStream:
     def start(self) -> None:
         """Begins: the connection gives it what comes."""
 
+    def hold(self, on: bool) -> None:
+        """Does nothing: who may send how much is QUIC's to say, and the owner's bound."""
+
     def received(self, data: bytes, ended: bool) -> None:
         """Passes on what came, and the stream's end."""
         if data:

@@ -104,6 +104,7 @@ class Reader:
             if len(self._rest) < self._wanted:
                 return found
             data, self._rest = bytes(self._rest), bytearray()
+        self._wanted = 2
         view = memoryview(data)
         at, size, empties = 0, len(view), 0
         while size - at >= 2 and not self.fault:
@@ -297,6 +298,10 @@ class WebSocket:
         if not self._pump.closed:
             self.link.blocked = self._wire.blocked
 
+    def hold(self, on: bool) -> None:
+        """Stops reading, or goes on."""
+        self._pump.hold(on)
+
     def abort(self, reason: str) -> None:
         """Ends the connection at once."""
         self._pump.abort(reason)
@@ -313,7 +318,7 @@ class WebSocket:
                 self._owner.received(self, memoryview(content))
                 if reader.most < MESSAGE_MAX_BYTES and getattr(self._owner, "proved", True):
                     reader.most = MESSAGE_MAX_BYTES
-                if link.waiting and not link.closing:
+                if link.waiting and not link.more and not link.closing:
                     link.fail(Code.TRUNCATED, "A message ended inside a frame: it has to hold whole ones.")
             elif opcode == PING:
                 self._wire.pong = content  # the last one answers for all (section 5.5.3)

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from sterna import __version__, limits
+from sterna.clock import SYSTEM_CLOCK
+from sterna.node.logs import Brake
 from sterna.transport.tls import TlsSocket
 from sterna.transport.websocket import SUBPROTOCOL, accept_key
 from sterna.web.http import HEADERS, HttpConnection, Server, plain
@@ -33,6 +35,8 @@ PER_ADDRESS_MAX = limits.UNAUTHENTICATED_PER_ADDRESS_MAX
 ANSWER_SECONDS = 60.0
 UNREAD_MAX_BYTES = 64 * 1024
 _SWEEP_SECONDS = 1.0
+_LINES_BURST = 60
+_LINES_PER_SECOND = 1
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -75,6 +79,7 @@ class Site:
         self._open: dict[HttpConnection, None] = {}
         self._count: dict[str, int] = {}
         self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        self._lines = Brake(_LINES_BURST, _LINES_PER_SECOND)
         self.evicted = 0
 
     def listen(self, sock: socket.socket) -> None:
@@ -109,8 +114,10 @@ class Site:
                 del self._count[connection.peer]
 
     def _sweep(self) -> None:
-        """Ends those whose first request, or whose taking of an answer, lasts too long."""
+        """Ends those whose first request, or whose taking of an answer, lasts too long; logs what was left out."""
         self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        if self._lines.left_out and self._lines.admits(SYSTEM_CLOCK.monotonic()):
+            log.warning("foreign origin, of others too", extra=self._lines.fields())
         now = self._loop.time()
         for connection in [each for each in self._open if each.due < now]:
             connection.abort()
@@ -201,8 +208,10 @@ class Site:
         if headers.get("Sec-WebSocket-Version") != "13":
             return plain(426, "Only version 13 of WebSocket.", Sec_WebSocket_Version="13")
         if not self._same_origin(request):
-            log.warning("foreign origin", extra={"peer": connection.peer, "origin": ascii(headers.get("Origin"))[:80]})
-            return plain(403, "Only this node's own page may connect here.")
+            self._foreign(connection.peer, ascii(headers.get("Origin"))[:80])
+            refusal = plain(403, "Only this node's own page may connect here.")
+            refusal.force_close()
+            return refusal
         offered = [word.strip() for word in ",".join(headers.getall("Sec-WebSocket-Protocol", [])).split(",")]
         if SUBPROTOCOL not in offered:
             return plain(400, f"The subprotocol here is {SUBPROTOCOL}.")
@@ -221,6 +230,13 @@ class Site:
         self._node.reactor.run(begin)
         # After an upgrade nobody gets this: aiohttp's connection is over.
         return plain(503, "This node has too many connections: come back later.", Retry_After="5")
+
+    def _foreign(self, peer: str, origin: str) -> None:
+        """Logs that a page of another site tried, unless too many lines are written."""
+        if self._lines.admits(SYSTEM_CLOCK.monotonic()):
+            log.warning("foreign origin", extra={"peer": peer, "origin": origin, **self._lines.fields()})
+        else:
+            self._lines.left_out += 1
 
     @staticmethod
     def _same_origin(request: web.BaseRequest) -> bool:
