@@ -1,6 +1,7 @@
 """Measures the remote daemon as its users meet it, beside what the daemon that it replaces was measured to do.
 
 Run as `python bench/remote.py [--daemon CMD] [--mib N] [--only NAME ...]`. Each figure is the median of three runs.
+With `--results` they go to bench/results.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from report import RESULTS, about_machine, write
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 TOKEN = "bench"  # noqa: S105 # of daemons that live for seconds
@@ -187,8 +190,10 @@ def main() -> None:
     parser.add_argument("--daemon", default=f"{sys.executable} -m sterna.remote")
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--only", nargs="*", default=list(BESIDE))
+    parser.add_argument("--results", action="store_true")
     options = parser.parse_args()
     command, size = shlex.split(options.daemon), options.mib * 2**20
+    machine = about_machine()
     figures: dict[str, list[float]] = {}
 
     def measure(name: str, take: Callable[[], float]) -> None:
@@ -220,10 +225,16 @@ def main() -> None:
                 measure("memory after three floods of 64 MiB", daemon.memory_mib)
         finally:
             daemon.close()
-    print(f"| {'measure':40} | {'measured':>10} | {'Go daemon':>10} | {'target':>10} |\n|---|---|---|---|")
+    lines = ["| measure | measured | Go daemon | target |", "|---|---|---|---|"]
     for name, (beside, target) in BESIDE.items():
         if name in figures:
-            print(f"| {name:40} | {statistics.median(figures[name]):10,.2f} | {beside:>10} | {target:>10} |")
+            unit = target.partition(" ")[2] or beside.partition(" ")[2]
+            lines.append(f"| {name} | {statistics.median(figures[name]):,.2f} {unit} | {beside} | {target} |")
+    if options.results:
+        text = f"Medians of {RUNS} runs.\n\n" + "\n".join(lines)
+        write(RESULTS, "remote", "The remote daemon", text, figures, machine)
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
  * Builds the page into src/sterna/web/static; with --check only compares it with what is there.
  *
  * xterm.js is bundled from its sources, not from its ready-made bundle: so both parts share what they have in common,
- * names that no outsider uses are shortened, and three places that a strict Content-Security-Policy forbids are mended.
+ * names that no outsider uses are shortened, three places that a strict Content-Security-Policy forbids are mended, and
+ * what a program's output could hang the page with is bounded.
  */
 
 import { createHash } from "node:crypto";
@@ -15,7 +16,7 @@ const HERE = dirname(fileURLToPath(import.meta.url));
 const JS = dirname(HERE);
 const STATIC = join(JS, "..", "src", "sterna", "web", "static");
 const XTERM = join(JS, "node_modules", "@xterm");
-const TOTAL_MAX_BYTES = 500_000;
+const TOTAL_MAX_BYTES = 520_000;
 
 /** Where the packages' sources begin. */
 const SOURCES = {
@@ -37,6 +38,91 @@ const MENDED = [
   ],
 ];
 
+/**
+ * What some bytes of output would make of a page that hangs, or grows without end: the same, and the same to be seen,
+ * but bounded. What is more than a screen can show is not counted any further.
+ */
+const SCREEN = "Math.min(params.params[0] || 1, Math.max(this._bufferService.cols, this._bufferService.rows))";
+const REPEATED = `
+    const width = Math.max(1, UnicodeService.extractWidth(joinState));
+    const perRow = Math.max(1, Math.floor(this._bufferService.cols / width));
+    const wanted = params.params[0] || 1;
+    const length = Math.min(wanted, (this._bufferService.rows + 1) * perRow + wanted % perRow);`;
+const CELL_MAX_CHARS = 64;
+const LINKS_MAX = 10_000;
+const LINK_MAX_CHARS = 4_096;
+const LINK_MAX_LINES = 256;
+const COLOURS_MAX = 1_024;
+const STRING_MAX_CHARS = 2_000_000;
+const TOO_MANY = `buffer.markers.length >= ${LINKS_MAX}`;
+const NEW_LINK = "const marker = buffer.addMarker(";
+const LINK_REFUSED = `if (${TOO_MANY} || data.uri.length + (data.id ?? '').length > ${LINK_MAX_CHARS}) return 0;`;
+const CONTRASTS_MAX = 10_000;
+const THEME_SOON = `private _changing = 0;
+  private _changeSoon(): void {
+    this._changing ||= requestAnimationFrame(() => {
+      this._changing = 0;
+      this._onChangeColors.fire(this.colors);
+    });
+  }
+`;
+
+const BOUNDED = [
+  ["common/InputHandler.ts", 6, "let param = params.params[0] || 1;", `let param = ${SCREEN};`],
+  ["common/InputHandler.ts", 1, "const length = params.params[0] || 1;", REPEATED],
+  [
+    "common/InputHandler.ts",
+    1,
+    "const slots = data.split(';');\n    while (slots.length > 1)",
+    `const slots = data.split(';', ${COLOURS_MAX});\n    while (slots.length > 1)`,
+  ],
+  [
+    "common/buffer/BufferLine.ts",
+    1,
+    "this._combined[index] += stringFromCodePoint(codePoint);",
+    `if (this._combined[index].length < ${CELL_MAX_CHARS}) this._combined[index] += stringFromCodePoint(codePoint);`,
+  ],
+  ["common/parser/Constants.ts", 1, "PAYLOAD_LIMIT = 10000000;", `PAYLOAD_LIMIT = ${STRING_MAX_CHARS};`],
+  ["common/services/OscLinkService.ts", 2, NEW_LINK, `${LINK_REFUSED}\n    ${NEW_LINK}`],
+  [
+    "common/services/OscLinkService.ts",
+    1,
+    "if (entry.lines.every(e => e.line !== y)) {",
+    `const { buffer } = this._bufferService;
+    if (entry.lines.length >= ${LINK_MAX_LINES} || ${TOO_MANY}) return;
+    if (entry.lines[entry.lines.length - 1]?.line !== y && entry.lines.every(e => e.line !== y)) {`,
+  ],
+  // Each colour that changed would make all styles anew: that is done once for a frame.
+  ["browser/services/ThemeService.ts", 1, "public modifyColors(", `${THEME_SOON}\n  public modifyColors(`],
+  [
+    "browser/services/ThemeService.ts",
+    1,
+    "// Assume the change happened\n    this._onChangeColors.fire(this.colors);",
+    "this._changeSoon();",
+  ],
+  [
+    "browser/services/ThemeService.ts",
+    1,
+    "this._restoreColor(slot);\n    this._onChangeColors.fire(this.colors);",
+    "this._restoreColor(slot);\n    this._changeSoon();",
+  ],
+  [
+    "browser/ColorContrastCache.ts",
+    1,
+    "this._color.set(bg, fg, value);",
+    `if (++this._kept > ${CONTRASTS_MAX}) this.clear();\n    this._color.set(bg, fg, value);`,
+  ],
+  ["browser/ColorContrastCache.ts", 1, "this._color.clear();", "this._kept = 0;\n    this._color.clear();"],
+  ["browser/ColorContrastCache.ts", 1, "public setCss(", "private _kept = 0;\n\n  public setCss("],
+  // What has no width of its own was measured in every frame, which lays the page out each time.
+  [
+    "browser/renderer/dom/WidthCache.ts",
+    2,
+    "if (width > 0) {",
+    "if (width > 0 || this._container.offsetParent !== null) {",
+  ],
+];
+
 /** Finds xterm.js's sources, and mends them. */
 const xterm = {
   name: "xterm",
@@ -54,7 +140,7 @@ const xterm = {
     onLoad({ filter: /\.ts$/ }, async ({ path }) => {
       let contents = await readFile(path, "utf8");
       const name = relative(join(XTERM, "xterm/src"), path).split(sep).join("/");
-      for (const [file, count, from, to] of MENDED) {
+      for (const [file, count, from, to] of [...MENDED, ...BOUNDED]) {
         if (file !== name) continue;
         const parts = contents.split(from);
         if (parts.length !== count + 1) throw new Error(`${file} has no longer ${count} × ${from}`);
@@ -67,7 +153,8 @@ const xterm = {
       return { contents, loader: "ts" };
     });
     onEnd(() => {
-      for (const [file] of MENDED) if (!mended.has(file)) throw new Error(`${file} is no longer part of xterm.js`);
+      for (const [file] of [...MENDED, ...BOUNDED])
+        if (!mended.has(file)) throw new Error(`${file} is no longer part of xterm.js`);
     });
   },
 };
@@ -124,9 +211,13 @@ async function files() {
   made.set("licenses.txt", Buffer.from(await licenses()));
   const hash = createHash("sha256");
   for (const [name, content] of made) hash.update(name).update(content);
-  const shell = [...made.keys()].filter((name) => name !== "licenses.txt");
+  const shell = {};
+  for (const [name, content] of made) {
+    const digest = createHash("sha256").update(content).digest("base64");
+    if (name !== "licenses.txt") shell[name === "index.html" ? "/" : `/${name}`] = `sha256-${digest}`;
+  }
   const define = {
-    SHELL: JSON.stringify(shell.map((name) => (name === "index.html" ? "/" : `/${name}`))),
+    SHELL: JSON.stringify(shell),
     VERSION: JSON.stringify(hash.digest("hex").slice(0, 16)),
   };
   made.set("sw.js", Buffer.from(await script("worker.ts", { format: "iife", define })));

@@ -1,6 +1,6 @@
 /** Asks a node questions (CALL and RESULT) on a connection of its own, which ends when it is idle. */
 
-import { ConnectionLostError, type SternaError } from "./errors.js";
+import { ConnectionLostError, isFinal, type SternaError } from "./errors.js";
 import { type DeviceKey, toSign } from "./device.js";
 import { type Frame, Type } from "./frame.js";
 import { CALL_IDLE_MS, CALL_MS } from "./limits.js";
@@ -25,6 +25,9 @@ export class Caller {
   private ids = 0;
   private readonly pending = new Map<number, Pending>();
   private idle: ReturnType<typeof setTimeout> | undefined;
+  private refused: SternaError | null = null;
+  /** Called once when the node lets us in no more, whether or not something was asked; every later call fails so. */
+  onrefused: ((error: SternaError) => void) | null = null;
 
   constructor(
     private readonly target: Target,
@@ -34,6 +37,7 @@ export class Caller {
 
   /** Resolves with the value of one CALL; the node's refusal, and no answer within 10 s, are errors. */
   call(method: string, params: object): Promise<unknown> {
+    if (this.refused !== null) return Promise.reject(this.refused);
     clearTimeout(this.idle);
     return new Promise((resolve, reject) => {
       const id = ++this.ids;
@@ -51,6 +55,13 @@ export class Caller {
   /** Ends the connection. */
   close(): void {
     this.drop(new ConnectionLostError("The session was left: nothing can be asked any more."));
+  }
+
+  /** The node ends the connection. */
+  private end(error: SternaError): void {
+    if (isFinal(error.code)) this.refused = error;
+    this.drop(error);
+    if (this.refused !== null) this.onrefused?.(error);
   }
 
   private drop(error: SternaError): void {
@@ -131,7 +142,7 @@ export class Caller {
 
   private frame({ type, payload }: Frame): void {
     if (type === Type.PING) this.link.send(Type.PONG, 0, 0, payload);
-    else if (type === Type.ERROR) this.drop(refusal(parseShown(ErrorMessage, payload)));
+    else if (type === Type.ERROR) this.end(refusal(parseShown(ErrorMessage, payload)));
     else if (type === Type.ACCEPT) {
       this.proved = true;
       for (const [id, one] of this.pending) this.ask(id, one);

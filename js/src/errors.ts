@@ -51,12 +51,17 @@ export class SternaError extends Error {
   /** The code's name, such as `denied`. */
   readonly codeName: string;
 
-  constructor(code: number, message: string) {
+  constructor(code: number, message: string, name = codeName(code)) {
     super(message);
     this.name = new.target.name;
     this.code = code;
-    this.codeName = codeName(code);
+    this.codeName = name;
   }
+}
+
+/** Whether a node's refusal is for good: asking again without something new is of no use. */
+export function isFinal(code: number): boolean {
+  return code === Code.DENIED || code === Code.EXPIRED || code === Code.REVOKED;
 }
 
 /** The caller asked for something that makes no sense. */
@@ -69,10 +74,10 @@ export class UsageError extends SternaError {
 /** The peer broke the protocol; carries the code of the ERROR frame that answers it. */
 export class ProtocolError extends SternaError {}
 
-/** No connection could be made, or it was given up. */
+/** No connection could be made, or it was lost or given up; its `codeName` is `unreachable`. */
 export class ConnectionLostError extends SternaError {
   constructor(message: string) {
-    super(Code.TIMEOUT, message);
+    super(Code.TIMEOUT, message, "unreachable");
   }
 }
 

@@ -6,7 +6,7 @@
  */
 
 import { concat, u64 } from "./bytes.js";
-import { Code, ProtocolError, RefusedError, SternaError } from "./errors.js";
+import { Code, isFinal, ProtocolError, RefusedError, SternaError } from "./errors.js";
 import { type Frame, Type } from "./frame.js";
 import {
   ANSWER_MS,
@@ -35,9 +35,6 @@ import { Race, Vitals } from "./race.js";
 import { Intake, SendStream } from "./stream.js";
 
 const FATAL: ReadonlySet<number> = new Set([
-  Code.DENIED,
-  Code.EXPIRED,
-  Code.REVOKED,
   Code.NOT_FOUND,
   Code.NO_AGENT,
   Code.ENDED,
@@ -601,7 +598,7 @@ export class ClientMachine {
     } else if (type === Type.ERROR) {
       const error = parseShown(ErrorMessage, payload);
       this.drop(connection);
-      if (connection === this.active) {
+      if (connection === this.active && !isFinal(error.code)) {
         this.active = null;
         this.suspectNow(now, error.message);
       } else this.refused(connection, error, now);
@@ -746,7 +743,7 @@ export class ClientMachine {
         this.raceId = null;
         this.suspectNow(now, error.message);
       }
-    } else if (FATAL.has(code) || (this.uid === null && FATAL_AT_FIRST.has(code))) {
+    } else if (isFinal(code) || FATAL.has(code) || (this.uid === null && FATAL_AT_FIRST.has(code))) {
       this.drop(connection);
       this.fail(refusal(error));
     } else {

@@ -41,6 +41,12 @@ export class IndexedStorage implements DeviceStorage {
     await this.change<string>(COUNTER, (found) => (BigInt(found ?? "0") < atLeast ? String(atLeast) : found));
   }
 
+  /** Forgets the key: with the next one this browser is another device, which no link has let in yet. */
+  async forget(): Promise<void> {
+    this.key = null;
+    await this.change(KEY, () => undefined);
+  }
+
   /** Reads one value and writes what `update` makes of it, in one transaction; returns that. */
   private async change<T>(name: string, update: (found: T | undefined) => T | undefined): Promise<T | undefined> {
     this.database ??= this.open();
@@ -87,6 +93,26 @@ function storageError(): SternaError {
   );
 }
 
+// The first that is named counts: Edge names Chrome and Safari as well, Android Linux.
+const BROWSERS = ["Edge=Edg", "Opera=OPR", "Firefox", "Chrome", "Safari"];
+const SYSTEMS = ["Android", "ChromeOS=CrOS", "iPhone", "iPad", "Windows", "macOS=Mac OS", "Linux"];
+
+/** Returns what a browser is called by its user agent and kind of device: "Chrome on Android, phone". */
+export function browserLabel(agent: string, kind: string): string {
+  const named = (known: string[]): string | undefined =>
+    known.map((one) => one.split("=")).find((one) => agent.includes(one.at(-1)!))?.[0];
+  const system = named(SYSTEMS);
+  return `${named(BROWSERS) ?? "Browser"}${system ? ` on ${system}` : ""}${kind && `, ${kind}`}`;
+}
+
+/** Returns the kind of device: by its pointer and its screen. */
+function deviceKind(): string {
+  const { matchMedia, screen } = globalThis;
+  if (!matchMedia) return "";
+  if (!matchMedia("(pointer: coarse)").matches) return "desktop";
+  return Math.min(screen.width, screen.height) < 600 ? "phone" : "tablet";
+}
+
 /** The platform of browsers. */
 export const browser: Platform = {
   transport: "websocket",
@@ -102,6 +128,5 @@ export const browser: Platform = {
     globalThis.addEventListener?.("online", online);
     return () => globalThis.removeEventListener?.("online", online);
   },
-  label: () =>
-    globalThis.navigator?.userAgent?.match(/(Firefox|Edg|Chrome|Safari)/)?.[1]?.replace("Edg", "Edge") ?? "browser",
+  label: () => browserLabel(globalThis.navigator?.userAgent ?? "", deviceKind()),
 };

@@ -2,11 +2,13 @@
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
 import { readdir, readFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { createContext, runInContext } from "node:vm";
 import xterm from "@xterm/xterm";
 import { build } from "esbuild";
 
@@ -30,6 +32,7 @@ const grants = await load("grants");
 const store = await load("store");
 const find = await load("find");
 const { parseLink, toHex } = { ...(await import("../dist/links.js")), ...(await import("../dist/bytes.js")) };
+const { browserLabel } = await import("../dist/platform-browser.js");
 
 const plain = { ctrl: false, alt: false };
 const NODE = "ab".repeat(32);
@@ -109,33 +112,37 @@ test("words", () => {
   assert.equal(texts.endText({ status: null, signal: 9, reason: "" }), "Ended by signal 9.");
   assert.equal(texts.othersText(0), "");
   assert.equal(texts.othersText(2), "2 other devices");
-  assert.equal(
-    texts.browserName("Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"),
-    "Firefox on Linux",
-  );
-  assert.equal(
-    texts.browserName("Mozilla/5.0 (Linux; Android 15) AppleWebKit/537.36 Chrome/140.0 Mobile Safari/537.36"),
-    "Chrome on Android",
-  );
-  assert.equal(
-    texts.browserName("Mozilla/5.0 (Windows NT 10.0) Chrome/140.0 Safari/537.36 Edg/140.0"),
-    "Edge on Windows",
-  );
-  assert.equal(texts.browserName("something"), "Browser");
 });
 
-test("a link becomes a ticket, with the node's own word where it names no node", () => {
+test("what a browser is called", () => {
+  for (const [agent, kind, label] of [
+    ["Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0", "desktop", "Firefox on Linux, desktop"],
+    ["Mozilla/5.0 (Linux; Android 15) Chrome/140.0 Mobile Safari/537.36", "phone", "Chrome on Android, phone"],
+    ["Mozilla/5.0 (Windows NT 10.0) Chrome/140.0 Safari/537.36 Edg/140.0", "tablet", "Edge on Windows, tablet"],
+    ["Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) Version/18.0 Safari/605.1.15", "", "Safari on macOS"],
+    ["something", "", "Browser"],
+  ])
+    assert.equal(browserLabel(agent, kind), label);
+});
+
+test("a link becomes a ticket, with the node's own word where it names no node", async () => {
   const parsed = parseLink(link("&m=watch&a=main"));
-  const grant = grants.grantOf(parsed, NODE, 5);
+  const grant = await grants.grantOf(parsed, NODE, 5);
   assert.deepEqual([grant.node, grant.session, grant.agent, grant.mode, grant.added], [NODE, null, "main", "watch", 5]);
-  assert.throws(() => grants.grantOf(parsed, "cd".repeat(32), 5), /another node/);
+  await assert.rejects(grants.grantOf(parsed, "cd".repeat(32), 5), /another node/);
   const silent = parseLink(link().replace(/&n=.*/, ""));
-  assert.equal(grants.grantOf(silent, NODE, 5).node, NODE);
-  assert.throws(() => grants.grantOf(silent, null, 5), /does not name its node/);
-  assert.equal(grants.grantOf(parseLink("https://host/"), NODE, 5), null);
+  assert.equal((await grants.grantOf(silent, NODE, 5)).node, NODE);
+  await assert.rejects(grants.grantOf(silent, null, 5), /does not name its node/);
+  assert.equal(await grants.grantOf(parseLink("https://host/"), NODE, 5), null);
   const again = grants.fragmentLink("host:1", grants.fragmentOf(parsed));
   assert.deepEqual([again.ticket, toHex(again.node), again.agent, again.mode], [parsed.ticket, NODE, "main", "watch"]);
-  assert.equal(grants.grantOf(parsed, null, 5).id === grants.grantOf(parseLink(link("&a=main")), null, 5).id, false);
+  const id = async (text) => (await grants.grantOf(parseLink(text), null, 5)).id;
+  assert.equal(await id(link("&m=watch&a=main")), grant.id);
+  assert.notEqual(await id(link("&a=main")), grant.id);
+  // Another ticket is another grant, whatever it says it is for.
+  const other = link("&m=watch&a=main").replace(/t=[^&]*/, `t=${Buffer.alloc(32, 8).toString("base64url")}`);
+  assert.notEqual(await id(other), grant.id);
+  assert.equal(grants.grantText(grant), "main (watch only)");
 });
 
 test("a link is found in what was pasted around it", () => {
@@ -201,6 +208,41 @@ test("a terminal answers what is live, and nothing of history", async () => {
 
 test("the built page is what the sources make", async () => {
   await promisify(execFile)(process.execPath, [join(JS, "page", "build.mjs"), "--check"]);
+});
+
+test("the service worker keeps the page's own files, byte for byte, and nothing else", async () => {
+  const served = join(JS, "..", "src", "sterna", "web", "static");
+  const [listeners, kept, waits, answered] = [{}, [], [], []];
+  const Request = class {
+    constructor(url, options) {
+      Object.assign(this, { url, ...options });
+    }
+  };
+  const cache = { addAll: async (requests) => void kept.push(...requests), match: async (path) => path };
+  const globals = { Request, URL, location: { origin: "https://node" }, caches: { open: async () => cache } };
+  globals.addEventListener = (name, listen) => (listeners[name] = listen);
+  globals.skipWaiting = async () => undefined;
+  runInContext(await readFile(join(served, "sw.js"), "utf8"), createContext(globals));
+  listeners.install({ waitUntil: (what) => waits.push(what) });
+  await Promise.all(waits);
+  const names = (await readdir(served)).filter((name) => !["sw.js", "licenses.txt", "index.html"].includes(name));
+  assert.deepEqual(kept.map(({ url }) => url).sort(), ["/", ...names.map((name) => `/${name}`)].sort());
+  // A browser that gets other bytes than these keeps none of the files.
+  for (const { url, integrity } of kept) {
+    const content = await readFile(join(served, url === "/" ? "index.html" : url));
+    assert.equal(integrity, `sha256-${createHash("sha256").update(content).digest("base64")}`, url);
+  }
+  for (const [method, url] of [
+    ["GET", "https://node/node"],
+    ["GET", "https://node/constructor"],
+    ["POST", "https://node/"],
+    ["GET", "https://other/page.js"],
+  ])
+    listeners.fetch({ request: { method, url }, respondWith: () => answered.push(url) });
+  assert.deepEqual(answered, []);
+  const request = { method: "GET", url: "https://node/page.js?x" };
+  listeners.fetch({ request, respondWith: (what) => answered.push(what) });
+  assert.deepEqual(await Promise.all(answered), ["/page.js"]);
 });
 
 test("what a node says is never made into markup", async () => {

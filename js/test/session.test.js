@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { callerWith, connectWith } from "../dist/session.js";
 import { MemoryStorage } from "../dist/node.js";
-import { Decoder, encodeFrame, messages, pack, Type } from "../dist/protocol.js";
+import { Code, Decoder, encodeFrame, messages, pack, Type } from "../dist/protocol.js";
 
 const NODE = new Uint8Array(32).fill(1);
 const UID = new Uint8Array(16).fill(2);
@@ -304,6 +304,28 @@ test("calls go over a connection of their own; refusals are errors", async () =>
   assert.ok(stage.wires.every((wire) => wire.closed));
 });
 
+test("who is let in no more asks nothing further, and is told at once", async () => {
+  const stage = new Stage();
+  const caller = await callerWith(stage, { host: "h", token: "t" });
+  assert.deepEqual(await caller.call("list"), { method: "list" });
+  const told = [];
+  caller.onrefused = (error) => told.push(error.codeName);
+  stage.wires[0].say(Type.ERROR, 0, { code: Code.REVOKED, name: "revoked", message: "It was revoked." });
+  assert.deepEqual(told, ["revoked"]);
+  await assert.rejects(caller.call("list"), { codeName: "revoked" });
+  assert.equal(stage.wires.length, 1);
+});
+
+test("a session whose device was revoked makes no further connection", async () => {
+  const stage = new Stage();
+  const session = await stage.connect();
+  const errors = [];
+  session.on("error", (error) => errors.push(error.codeName));
+  stage.wires[0].say(Type.ERROR, 0, { code: Code.REVOKED, name: "revoked", message: "It was revoked." });
+  await session.closed;
+  assert.deepEqual([session.state, errors, stage.wires.length], ["failed", ["revoked"], 1]);
+});
+
 test("what is asked for: latest, new, named, join, a link", async () => {
   const link = `sterna://h/?s=${Buffer.from(UID).toString("base64url")}&m=watch#t=${"A".repeat(43)}`;
   for (const [options, want, mode] of [
@@ -328,7 +350,7 @@ test("a node that nobody reaches, and an attempt that is given up", async () => 
   const { ConnectionLostError } = await import("../dist/node.js");
   const stage = new Stage();
   stage.refuses = new ConnectionLostError("The node at h cannot be reached: ECONNREFUSED.");
-  await assert.rejects(stage.connect(), /ECONNREFUSED/);
+  await assert.rejects(stage.connect(), { codeName: "unreachable", message: /ECONNREFUSED/ });
   const silent = new Stage();
   silent.got = () => undefined;
   const controller = new AbortController();

@@ -172,6 +172,11 @@ class View:
     def open(self, url: str) -> None:
         """Opens a link to one session, and waits until it is there."""
         self.page.goto(url)
+        self.wait(
+            "globalThis.sterna && (document.querySelector('#add-link') || (seen() && seen().state !== 'connecting'))"
+        )
+        if self.page.locator("#add-link").count():
+            self.page.click("#add-link [data-answer=yes]")
         self.attached()
 
     def attached(self) -> None:

@@ -25,6 +25,7 @@ PROGRAM = "sterna" if shutil.which("sterna") else shlex.join([sys.executable, "-
 def rig() -> Iterator[Rig]:
     with running() as found:
         yield found
+        found.sterna("down")  # the agent that a second `up` began goes, too
 
 
 def said(rig: Rig, status: int, *args: str, typed: str = "", env: dict[str, str] | None = None) -> str:

@@ -144,7 +144,12 @@ def test_unit_tests_of_the_client() -> None:
     tests = sorted(os.fspath(path) for path in (JS / "test").glob("*.test.js"))
     assert tests
     done = subprocess.run(
-        node_words("--test", "--test-force-exit", *tests), capture_output=True, text=True, timeout=240, check=False, cwd=JS
+        node_words("--test", "--test-force-exit", *tests),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=JS,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -24,10 +24,19 @@ def test_every_group_is_played() -> None:
 @pytest.mark.timeout(180)  # some vectors wait for ten seconds by design
 @pytest.mark.parametrize("group", GROUPS)
 def test_vectors(group: str, tmp_path: Path) -> None:
+    play(group, tmp_path)
+
+
+@pytest.mark.timeout(180)
+def test_vectors_of_durable_processes(tmp_path: Path) -> None:
+    play("process", tmp_path, " -durable")
+
+
+def play(group: str, tmp_path: Path, flags: str = "") -> None:
     source = Path(__file__).parents[2] / "src"
     done = subprocess.run(
         [
-            sys.executable, str(SHARED / "play.py"), "--daemon", f"{sys.executable} -m sterna.remote",
+            sys.executable, str(SHARED / "play.py"), "--daemon", f"{sys.executable} -m sterna.remote{flags}",
             "--env", f"PYTHONPATH={source}", "--cases", str(SHARED / "vectors" / f"{group}.jsonl"),
         ],
         cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"},

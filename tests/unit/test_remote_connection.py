@@ -205,8 +205,12 @@ class Exited:
     def __init__(self, name: str, ago: float, *, running: bool = False) -> None:
         self.id, self.running, self.ended_at = name, running, time.monotonic() - ago
 
+        self.child = self
+
     def unsubscribe(self) -> None:
         pass
+
+    unwatch_all = forget = unsubscribe
 
 
 def test_processes_are_forgotten_a_quarter_of_an_hour_after_their_end() -> None:

@@ -1,17 +1,20 @@
 /** The page: its tabs, its tools, and what is kept of them. */
 
+import { IndexedStorage } from "../../src/browser.js";
 import { fetchNode, type NodeAbout } from "./about.js";
-import { byId, set } from "./dom.js";
-import { fragmentLink, fragmentOf, type Grant, grantOf } from "./grants.js";
+import { ask, confirmed } from "./dialogs.js";
+import { byId, el, set } from "./dom.js";
+import { fragmentLink, fragmentOf, type Grant, GRANTS_MAX, grantOf, grantText } from "./grants.js";
 import { Home, type Opener } from "./home.js";
 import { Keys } from "./keys.js";
 import { Menu, type MenuItem } from "./menu.js";
 import type { ParsedLink } from "../../src/links.js";
 import { FONT_MAX_PX, FONT_MIN_PX, keepSettings, loadSettings, type Settings, Store, storedSettings } from "./store.js";
 import { type Aim, type Around, Tab } from "./tab.js";
-import { othersText, troubleText } from "./texts.js";
+import { ago, othersText, troubleText } from "./texts.js";
 
 const QUIET_MS = 1_000;
+const LINKS_SHOWN = 3;
 const TITLE = "Sterna";
 
 export class App implements Around, Opener {
@@ -39,6 +42,7 @@ export class App implements Around, Opener {
     this.prefersDark.addEventListener("change", () => this.configure());
     matchMedia("(prefers-contrast: more)").addEventListener("change", () => this.configure());
     byId("tab-home").addEventListener("click", () => this.activate(null));
+    byId("forget-key").addEventListener("click", () => void this.forgetKey());
     this.listenTabs();
     this.listenTools();
     document.addEventListener("keydown", (event) => this.shortcut(event), true);
@@ -60,14 +64,12 @@ export class App implements Around, Opener {
       const found = this.store.grants.get(grant);
       if (found !== undefined) this.add({ grant: found, session, agent: found.agent, name, mode, create: false });
     }
-    if (fragment) {
-      await asked;
-      this.takeLink(fragment);
-    } else {
+    if (!fragment || this.store.grants.size) {
       const only = [...this.store.grants.values()];
       const wanted =
         this.tabs.find((tab) => tab.aim.session === active) ?? (active === null ? null : (this.tabs[0] ?? null));
-      if (wanted === null && active === null && !tabs.length && only.length === 1 && only[0].session !== null)
+      const one = !fragment && active === null && !tabs.length && only.length === 1;
+      if (wanted === null && one && only[0].session !== null)
         this.openGrant(only[0]);
       else this.activate(wanted);
     }
@@ -75,6 +77,9 @@ export class App implements Around, Opener {
     // Tabs in the background attach, too; their terminals take the size of the one that is seen.
     for (const tab of this.tabs) if (!tab.started) this.startHidden(tab);
     this.keepTabs();
+    if (!fragment) return;
+    await asked;
+    await this.takeLink(fragment);
   }
 
   private startHidden(tab: Tab): void {
@@ -91,12 +96,14 @@ export class App implements Around, Opener {
     const fragment = location.hash;
     if (!fragment) return;
     history.replaceState(null, "", location.pathname + location.search);
-    this.takeLink(fragment);
+    void this.takeLink(fragment);
   }
 
-  private takeLink(fragment: string): void {
+  /** Any web site can send this browser to a link: beside what is known already it is used only if that is wanted. */
+  private async takeLink(fragment: string): Promise<void> {
     try {
-      this.useLink(fragmentLink(location.host, fragment));
+      await this.store.load();
+      await this.useLink(fragmentLink(location.host, fragment), (grant) => this.wanted(grant));
     } catch (error) {
       this.activate(null);
       byId("link-error").textContent = (error as Error).message;
@@ -104,7 +111,7 @@ export class App implements Around, Opener {
   }
 
   /** Uses a share link; one for another address is opened there. */
-  useLink(link: ParsedLink): void {
+  async useLink(link: ParsedLink, wanted?: (grant: Grant) => Promise<boolean>): Promise<void> {
     const elsewhere = link.host !== location.hostname.replace(/^\[|\]$/g, "");
     const port = Number(location.port) || 443;
     if (link.scheme === "https" && (elsewhere || link.port !== port)) {
@@ -112,13 +119,29 @@ export class App implements Around, Opener {
       location.assign(`https://${host}:${link.port}/${fragmentOf(link)}`);
       return;
     }
-    const grant = grantOf(link, this.node.id, Date.now());
+    const grant = await grantOf(link, this.node.id, Date.now());
     if (grant === null) throw new Error("There is no ticket in this link: copy it again as a whole.");
-    const known = this.store.grants.get(grant.id);
-    if (known !== undefined && known.ticket !== grant.ticket) grant.previous = known.ticket;
-    if (known !== undefined) grant.name = known.name;
-    this.store.keep(grant);
-    this.openGrant(grant);
+    const { grants } = this.store;
+    const known = grants.get(grant.id);
+    if (known === undefined) {
+      if (grants.size >= GRANTS_MAX)
+        throw new Error(`This browser keeps ${GRANTS_MAX} links: forget one of them, then open this one again.`);
+      if (grants.size && wanted !== undefined && !(await wanted(grant))) return;
+      this.store.keep(grant);
+    }
+    this.openGrant(known ?? grant);
+  }
+
+  /** Asks, naming what there is and what would come. */
+  private async wanted(grant: Grant): Promise<boolean> {
+    if (document.getElementById("add-link") !== null) return false; // one question at a time
+    const have = this.grants().map((one) => `${grantText(one)}, since ${ago(one.added / 1_000, Date.now())}`);
+    const more = have.length > LINKS_SHOWN ? `, and ${have.length - LINKS_SHOWN} more` : "";
+    const content = [
+      el("p", {}, `It came from outside this page, and opens ${grantText(grant)}: perhaps somebody else's.`),
+      el("p", {}, `This browser has ${have.slice(0, LINKS_SHOWN).join("; ")}${more}. That stays as it is.`),
+    ];
+    return (await ask("add-link", "Add this link?", content, [{ label: "Add it", value: true }], "Not now")) === true;
   }
 
   private openGrant(grant: Grant): void {
@@ -137,6 +160,20 @@ export class App implements Around, Opener {
     void this.home.refresh();
   }
 
+  busy(): boolean {
+    return this.tabs.length > 0;
+  }
+
+  /** Makes this browser a new device: one that was revoked gets in by no link. */
+  async forgetKey(): Promise<void> {
+    const text = "No link that this browser opened lets it in any more: open a new one then. The sessions go on.";
+    if (!(await confirmed("Forget this browser\u2019s key?", text, "Forget the key"))) return;
+    for (const tab of [...this.tabs]) this.leave(tab);
+    await this.store.clear();
+    await new IndexedStorage().forget();
+    location.reload();
+  }
+
   /** The address of the node's WebSocket. */
   address(): string {
     return `${location.protocol === "http:" ? "ws" : "wss"}://${location.host}/ws`;
@@ -151,10 +188,11 @@ export class App implements Around, Opener {
     );
     if (known === undefined) this.activate(this.add(aim));
     else {
-      known.aim = { ...known.aim, grant: aim.grant };
+      const failed = known.state === "failed";
+      if (failed) known.aim = { ...known.aim, grant: aim.grant };
       this.activate(known);
+      if (failed) void known.start();
     }
-    if (known?.state === "failed") void known.start();
     this.keepTabs();
   }
 
@@ -215,28 +253,9 @@ export class App implements Around, Opener {
       this.activate(twin);
       return;
     }
-    const changed = { ...grant, previous: null, name: grant.session === null ? "" : name };
-    tab.aim = { ...tab.aim, grant: changed };
-    if (this.store.grants.has(grant.id)) this.store.keep(changed);
+    if (grant.session !== null) this.store.rename(grant.id, name);
     this.keepTabs();
     this.status();
-  }
-
-  refused(tab: Tab): boolean {
-    const older = this.older(tab.aim.grant);
-    if (older !== null) tab.aim = { ...tab.aim, grant: older };
-    return older !== null;
-  }
-
-  older(grant: Grant): Grant | null {
-    if (grant.previous === null) return null;
-    const older = { ...grant, ticket: grant.previous, previous: null };
-    this.store.keep(older);
-    return older;
-  }
-
-  proven(grant: Grant): void {
-    this.store.keep({ ...grant, previous: null });
   }
 
   renamed(uid: string, name: string): void {
@@ -416,7 +435,8 @@ export class App implements Around, Opener {
   changed(tab: Tab): void {
     if (tab.state === "ended") {
       // A link for a session that is over opens nothing any more.
-      if (tab.aim.grant.session !== null) this.store.forget(tab.aim.grant.id);
+      const { session } = tab.aim.grant;
+      for (const one of this.grants()) if (session !== null && one.session === session) this.store.forget(one.id);
       this.keepTabs();
     }
     this.status();
@@ -467,7 +487,8 @@ export class App implements Around, Opener {
       size.textContent = this.node.version ? `${this.node.name || location.hostname} \u00b7 ${this.node.version}` : "";
     else {
       const { cols, rows } = tab.screen.terminal;
-      size.textContent = foreign === null ? `${cols}\u00d7${rows}` : `${cols}\u00d7${rows} by another device`;
+      const whose = foreign === null ? "" : ` by another device${tab.screen.cut ? " \u2013 scroll" : ""}`;
+      size.textContent = `${cols}\u00d7${rows}${whose}`;
     }
     set(size, { title: foreign === null || tab?.watching ? null : "It takes this window's size as soon as you type" });
   }

@@ -1,6 +1,6 @@
 /** Questions to the user, in the page's own dialogs: every text is text. */
 
-import { button, type Child, el } from "./dom.js";
+import { button, byId, type Child, el, set } from "./dom.js";
 import { pasteRisk, visible, withoutControls } from "./input.js";
 
 const SHOWN_MAX_CHARS = 4_000;
@@ -10,6 +10,8 @@ interface Answer<T> {
   value: T;
   primary?: boolean;
   danger?: boolean;
+  /** What has to be done first; false: the dialog stays. */
+  before?: () => Promise<boolean>;
 }
 
 /** Shows a dialog; resolves with the answer chosen, or null when it was left. */
@@ -34,10 +36,14 @@ export function ask<T>(
       dialog.close();
     };
     row.append(button({ class: "plain", "data-answer": "cancel" }, away, () => choose(null)));
-    for (const { label, value, primary, danger } of answers) {
+    for (const { label, value, primary, danger, before } of answers) {
       const kind = danger ? "danger" : primary ? "primary" : "plain";
       const attributes = { class: kind, "data-answer": "yes", type: primary ? "submit" : "button" };
-      row.append(button(attributes, label, () => choose(value)));
+      const act = async (event: Event): Promise<void> => {
+        event.preventDefault();
+        if (before === undefined || (await before())) choose(value);
+      };
+      row.append(button(attributes, label, (event) => void act(event)));
     }
     dialog.addEventListener("close", () => {
       dialog.remove();
@@ -56,19 +62,31 @@ export async function confirmed(title: string, text: string, label: string): Pro
   return (await ask("confirm", title, [el("p", {}, text)], [{ label, value: true, danger: true }])) === true;
 }
 
-/** Asks for a line of text; resolves with it, or null. */
-export async function asked(title: string, label: string, value: string): Promise<string | null> {
-  const field = el("input", {
-    type: "text",
-    id: "asked",
-    value,
-    maxlength: 64,
-    autocomplete: "off",
-    spellcheck: "false",
-  });
-  const content = [el("label", { for: "asked" }, label), field];
-  const done = await ask("ask", title, content, [{ label: "Save", value: true, primary: true }]);
-  return done ? field.value.trim() : null;
+/** Asks before a session is ended. */
+export function confirmEnd(name: string): Promise<boolean> {
+  const text = "Its program is ended, on all devices. What it did not save is lost.";
+  return confirmed(`End ${name}?`, text, "End session");
+}
+
+/** Asks for another name of a session until `save` takes it, or the user gives up. */
+export async function askName(name: string, save: (name: string) => Promise<unknown>): Promise<void> {
+  const rules = byId("new-name");
+  const field = el("input", { type: "text", id: "asked", value: name, autocomplete: "off", spellcheck: "false" });
+  for (const rule of ["pattern", "title", "maxlength"]) set(field, { [rule]: rules.getAttribute(rule) });
+  const problem = el("p", { class: "problem", role: "alert" });
+  const before = async (): Promise<boolean> => {
+    const wanted = field.value.trim();
+    if (!field.reportValidity()) return false;
+    try {
+      if (wanted && wanted !== name) await save(wanted);
+      return true;
+    } catch (error) {
+      problem.textContent = (error as Error).message;
+      return false;
+    }
+  };
+  const content = [el("label", { for: "asked" }, "Name"), field, problem];
+  await ask("ask", "Rename session", content, [{ label: "Save", value: true, primary: true, before }]);
 }
 
 /** What a user decided about a paste: the text to paste, and whether to ask again. */

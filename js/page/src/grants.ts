@@ -19,12 +19,18 @@ export interface Grant {
   /** The session's name when it was last seen. */
   name: string;
   added: number;
-  /** What was known to work before a newer link replaced it. */
-  previous: string | null;
 }
 
-/** Returns what a fragment or link says; null where there is no ticket in it. Throws UsageError. */
-export function grantOf(link: ParsedLink, node: string | null, now: number): Grant | null {
+/** How many a browser keeps. */
+export const GRANTS_MAX = 64;
+const HASH_BYTES = 8;
+
+/**
+ * Returns what a fragment or link says; null where there is no ticket in it. Throws UsageError.
+ *
+ * Two tickets are never the same grant, whatever their links say they are for: no link takes the place of another.
+ */
+export async function grantOf(link: ParsedLink, node: string | null, now: number): Promise<Grant | null> {
   if (link.ticket === null) return null;
   const id = link.node === null ? node : toHex(link.node);
   if (id === null) throw new UsageError("The link does not name its node, and the node does not answer: try it later.");
@@ -32,8 +38,10 @@ export function grantOf(link: ParsedLink, node: string | null, now: number): Gra
     throw new UsageError("This link is for another node than the one at this address: ask for a new one.");
   const session = link.session === null ? null : toHex(link.session);
   const mode = link.mode ?? "drive";
+  const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(link.ticket));
+  const hash = toHex(new Uint8Array(digest, 0, HASH_BYTES));
   return {
-    id: [id.slice(0, 16), session ?? "*", link.agent ?? "", mode].join("/"),
+    id: [id.slice(0, 16), hash, session ?? "*", link.agent ?? "", mode].join("/"),
     node: id,
     ticket: link.ticket,
     session,
@@ -41,8 +49,13 @@ export function grantOf(link: ParsedLink, node: string | null, now: number): Gra
     mode,
     name: "",
     added: now,
-    previous: null,
   };
+}
+
+/** Returns what a grant is for, in words. */
+export function grantText({ session, agent, name, mode }: Grant): string {
+  const what = session === null ? (agent ?? "all sessions") : name || agent || "one session";
+  return mode === "watch" ? `${what} (watch only)` : what;
 }
 
 /** Returns the link in a text that somebody pasted, whatever stands around it. Throws UsageError. */

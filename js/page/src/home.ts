@@ -1,13 +1,13 @@
 /** The list of sessions: what the invites allow to see, to open, to start, to rename, to end. */
 
 import { type Caller, connectCaller, type SternaError } from "../../src/browser.js";
-import { Code } from "../../src/errors.js";
-import { asked, confirmed } from "./dialogs.js";
+import { Code, isFinal } from "../../src/errors.js";
+import { askName, confirmed, confirmEnd } from "./dialogs.js";
 import { button, byId, el, set } from "./dom.js";
-import { type Grant, pastedLink } from "./grants.js";
+import { type Grant, grantText, pastedLink } from "./grants.js";
 import type { ParsedLink } from "../../src/links.js";
 import type { Aim } from "./tab.js";
-import { ago } from "./texts.js";
+import { ago, FORGET_KEY, REVOKED } from "./texts.js";
 
 const REFRESH_MS = 4_000;
 const PAGES_MAX = 50;
@@ -38,21 +38,13 @@ export interface Opener {
   address(): string;
   grants(): Grant[];
   open(aim: Aim): void;
-  useLink(link: ParsedLink): void;
+  useLink(link: ParsedLink): Promise<void>;
   forget(grant: Grant): void;
+  forgetKey(): Promise<void>;
+  /** Whether any session is open in a tab. */
+  busy(): boolean;
   renamed(uid: string, name: string): void;
-  /** The ticket is of no use; returns the older one that it replaced, if any. */
-  older(grant: Grant): Grant | null;
-  /** The ticket works. */
-  proven(grant: Grant): void;
 }
-
-const STATES: { [state: string]: string } = {
-  connecting: "starting",
-  active: "in use",
-  suspended: "waiting",
-  exited: "ended",
-};
 
 export class Home {
   private readonly callers = new Map<string, Promise<Caller>>();
@@ -65,7 +57,7 @@ export class Home {
   private shown = "";
 
   constructor(private readonly around: Opener) {
-    byId("link-form").addEventListener("submit", (event) => this.paste(event));
+    byId("link-form").addEventListener("submit", (event) => void this.paste(event));
     byId("new-form").addEventListener("submit", (event) => this.create(event));
     document.addEventListener("visibilitychange", () => this.visible && this.refresh());
   }
@@ -85,12 +77,25 @@ export class Home {
     if (this.running) return;
     this.running = true;
     try {
-      await Promise.all(this.lists().map((grant) => this.load(grant)));
+      const open = this.lists().filter((grant) => !this.refused(grant));
+      await Promise.all(open.map((grant) => this.load(grant)));
     } finally {
       this.running = false;
     }
     this.draw();
     if (this.visible) this.timer = setTimeout(() => this.visible && void this.refresh(), REFRESH_MS);
+  }
+
+  /** Whether the node refused a ticket for good. */
+  private refused(grant: Grant): boolean {
+    return isFinal(this.problems.get(grant.id)?.code ?? Code.OK);
+  }
+
+  private trouble(grant: Grant, error: SternaError): void {
+    this.problems.set(grant.id, error);
+    if (!isFinal(error.code)) return;
+    this.rows = this.rows.filter((row) => row.grant.id !== grant.id);
+    this.agents = this.agents.filter((row) => row.grant.id !== grant.id);
   }
 
   private async call(grant: Grant, method: string, params: { [key: string]: unknown }): Promise<unknown> {
@@ -99,6 +104,11 @@ export class Home {
     if (caller === undefined) {
       caller = connectCaller({ url: this.around.address(), node, token: ticket, mode });
       this.callers.set(ticket, caller);
+      const told = (error: SternaError): void => {
+        this.trouble(grant, error);
+        this.draw();
+      };
+      void caller.then((made) => (made.onrefused = told)).catch(() => undefined);
     }
     return (await caller).call(method, params);
   }
@@ -117,7 +127,6 @@ export class Home {
       }
       this.problems.delete(grant.id);
       this.loaded = true;
-      if (grant.previous !== null) this.around.proven(grant);
       this.rows = this.rows.filter((row) => row.grant.id !== grant.id);
       this.agents = this.agents.filter((row) => row.grant.id !== grant.id);
       for (const listed of sessions) {
@@ -126,11 +135,8 @@ export class Home {
       }
       for (const agent of agents) this.agents.push({ grant, agent });
     } catch (error) {
-      const lost = (error as SternaError).code === Code.TIMEOUT;
-      if (!lost) this.callers.delete(grant.ticket);
-      const older = lost ? null : this.around.older(grant);
-      if (older !== null) await this.load(older);
-      else this.problems.set(grant.id, error as SternaError);
+      if ((error as SternaError).code !== Code.TIMEOUT) this.callers.delete(grant.ticket);
+      this.trouble(grant, error as SternaError);
     }
   }
 
@@ -141,11 +147,15 @@ export class Home {
     const singles = this.around.grants().filter((grant) => grant.session !== null);
     byId("sessions").hidden = !lists.length;
     byId("links").hidden = !singles.length;
-    byId("welcome").hidden = Boolean(lists.length || singles.length);
+    byId("welcome").hidden = Boolean(lists.length || singles.length) || this.around.busy();
+    const kept = new Set(lists.map((grant) => grant.id));
+    this.rows = this.rows.filter((row) => kept.has(row.grant.id));
+    this.agents = this.agents.filter((row) => kept.has(row.grant.id));
     const rows = this.distinct();
     const content = JSON.stringify([
       rows.map((row) => [row.listed, row.grant.id]),
       this.agents,
+      lists,
       singles,
       this.loaded,
       [...this.problems.values()].map(String),
@@ -155,7 +165,9 @@ export class Home {
     this.shown = content;
     const focused = document.activeElement instanceof HTMLElement ? document.activeElement.dataset.focus : undefined;
     byId("session-rows").replaceChildren(...rows.map(({ grant, listed }) => this.row(grant, listed)));
+    byId("session-table").hidden = !rows.length;
     byId("no-sessions").hidden = rows.length > 0 || this.problems.size > 0 || !this.loaded;
+    byId("invites").replaceChildren(...(lists.length > 1 ? lists.map((grant) => this.invite(grant)) : []));
     byId("link-rows").replaceChildren(...singles.map((grant) => this.single(grant)));
     this.drawAgents();
     const problems = lists.filter((grant) => this.problems.has(grant.id));
@@ -165,7 +177,7 @@ export class Home {
 
   private distinct(): { grant: Grant; listed: Listed }[] {
     const seen = new Map<string, { grant: Grant; listed: Listed }>();
-    for (const row of this.rows) {
+    for (const row of [...this.rows].sort((a, b) => a.grant.added - b.grant.added)) {
       const known = seen.get(row.listed.uid);
       if (known === undefined || (known.grant.mode === "watch" && row.grant.mode === "drive"))
         seen.set(row.listed.uid, row);
@@ -180,25 +192,39 @@ export class Home {
     const cells = [
       el("td", { class: "c-name" }, open),
       el("td", { class: "c-agent" }, agent),
-      el("td", { class: "c-state" }, el("span", { class: "state", "data-state": state }, STATES[state] ?? state)),
+      el("td", { class: "c-state" }, el("span", { class: "state", "data-state": state }, state)),
       el("td", { class: "c-attached" }, attached ? `${attached} attached` : "\u2013"),
       el("td", { class: "c-changed" }, ago(changed, Date.now())),
     ];
     const acts = el("td", { class: "c-acts" });
+    const away = this.problems.has(grant.id);
+    const ending = state === "exited" ? "Remove" : "End";
     if (grant.mode === "drive")
       acts.append(
         button(
-          { class: "plain small", "data-act": "rename", "data-focus": `rename-${uid}`, "aria-label": `Rename ${name}` },
+          {
+            class: "plain small",
+            "data-act": "rename",
+            "data-focus": `rename-${uid}`,
+            "aria-label": `Rename ${name}`,
+            disabled: away,
+          },
           "Rename",
           () => void this.rename(grant, listed),
         ),
         button(
-          { class: "plain small", "data-act": "end", "data-focus": `end-${uid}`, "aria-label": `End ${name}` },
-          "End",
+          {
+            class: "plain small",
+            "data-act": "end",
+            "data-focus": `end-${uid}`,
+            "aria-label": `${ending} ${name}`,
+            disabled: away,
+          },
+          ending,
           () => void this.end(grant, listed),
         ),
       );
-    return el("tr", { "data-uid": uid }, ...cells, acts);
+    return el("tr", { "data-uid": uid, class: away && "away" }, ...cells, acts);
   }
 
   private single(grant: Grant): HTMLElement {
@@ -218,10 +244,30 @@ export class Home {
     );
   }
 
+  /** One of several links that the list joins: which is which, and how to be rid of it. */
+  private invite(grant: Grant): HTMLElement {
+    const count = this.rows.filter((row) => row.grant.id === grant.id).length;
+    const added = ago(grant.added / 1_000, Date.now());
+    const shown = `Link to ${grantText(grant)}, added ${added}: ${count} session${count === 1 ? "" : "s"}`;
+    return el(
+      "li",
+      {},
+      el("span", { class: "faint" }, shown),
+      button(
+        { class: "plain small", "data-focus": `forget-${grant.id}`, "aria-label": `Forget: ${shown}` },
+        "Forget",
+        () => this.around.forget(grant),
+      ),
+    );
+  }
+
   private problem(grant: Grant, error: SternaError): HTMLElement {
     const lost = error.code === Code.TIMEOUT;
-    const text = lost ? `${error.message} Trying again.` : error.message;
-    const forget = button({ class: "plain small" }, "Forget this invite", () => this.around.forget(grant));
+    const revoked = error.code === Code.REVOKED;
+    const text = lost ? `${error.message} Trying again.` : revoked ? REVOKED : error.message;
+    const forget = revoked
+      ? button({ class: "plain small", "data-act": "key" }, FORGET_KEY, () => void this.around.forgetKey())
+      : button({ class: "plain small" }, "Forget this link", () => this.around.forget(grant));
     return el("p", { class: "problem" }, text, lost ? null : forget);
   }
 
@@ -242,7 +288,9 @@ export class Home {
     event.preventDefault();
     const agent = (byId("new-agent") as HTMLSelectElement).value;
     const field = byId("new-name") as HTMLInputElement;
-    const found = this.agents.find((row) => row.agent.name === agent && row.grant.mode === "drive");
+    // Where two links have agents of the same name, the one that was here first counts.
+    const first = [...this.agents].sort((a, b) => a.grant.added - b.grant.added);
+    const found = first.find((row) => row.agent.name === agent && row.grant.mode === "drive");
     if (found === undefined) return;
     this.around.open({
       grant: found.grant,
@@ -256,18 +304,18 @@ export class Home {
   }
 
   private async rename(grant: Grant, { uid, name }: Listed): Promise<void> {
-    const wanted = await asked("Rename session", "Name", name);
-    if (wanted && wanted !== name) await this.act(grant, "rename", { session: uid, name: wanted });
+    await askName(name, (wanted) => this.call(grant, "rename", { session: uid, name: wanted }));
+    await this.refresh();
   }
 
-  private async end(grant: Grant, { uid, name }: Listed): Promise<void> {
-    const text = "Its program is ended, on all devices. What it did not save is lost.";
-    if (await confirmed(`End ${name}?`, text, "End session")) await this.act(grant, "close", { session: uid });
-  }
-
-  private async act(grant: Grant, method: string, params: { [key: string]: unknown }): Promise<void> {
+  private async end(grant: Grant, { uid, name, state }: Listed): Promise<void> {
+    const sure =
+      state === "exited"
+        ? await confirmed(`Remove ${name}?`, "Its last output is removed with it.", "Remove")
+        : await confirmEnd(name);
+    if (!sure) return;
     try {
-      await this.call(grant, method, params);
+      await this.call(grant, "close", { session: uid });
       byId("home-error").textContent = "";
     } catch (error) {
       byId("home-error").textContent = (error as Error).message;
@@ -275,14 +323,14 @@ export class Home {
     await this.refresh();
   }
 
-  private paste(event: Event): void {
+  private async paste(event: Event): Promise<void> {
     event.preventDefault();
     const field = byId("link-field") as HTMLInputElement;
     const error = byId("link-error");
     try {
       const link = pastedLink(field.value);
       field.value = error.textContent = "";
-      this.around.useLink(link);
+      await this.around.useLink(link);
     } catch (problem) {
       error.textContent = (problem as Error).message;
     }

@@ -12,10 +12,12 @@ import { contrast, terminalTheme } from "./themes.js";
 const SCROLLBACK_LINES = 5_000;
 const COLS_MIN = 20;
 const ROWS_MIN = 4;
-const SMALLEST_PX = 8;
+/** Text that is smaller is not made to fit: one scrolls. */
+const READABLE_PX = 10;
 /** As in page.css. */
 const SCROLLBAR_PX = 8;
-const PIECE_BYTES = 65_536;
+const PIECE_BYTES = 4_096;
+const PIECE_MIN_BYTES = 256;
 const TURN_MS = 12;
 
 export interface Size {
@@ -44,6 +46,9 @@ export class Screen {
   private opened = false;
   private gone = false;
   private turned = 0;
+  /** Where it was scrolled to by itself. */
+  private followed = { x: 0, y: 0 };
+  private piece = PIECE_BYTES;
   private readonly observer = new ResizeObserver(() => this.refit());
   private last: Size = { cols: 80, rows: 24 };
 
@@ -79,6 +84,7 @@ export class Screen {
     });
     terminal.onBinary((data) => events.mouse(data));
     terminal.onBell(() => events.bell());
+    terminal.onCursorMove(() => this.foreign && requestAnimationFrame(() => this.showCursor(false)));
     this.observer.observe(host);
   }
 
@@ -122,14 +128,19 @@ export class Screen {
    * Writes; resolves when the terminal has dealt with it. `live`: questions in it are answered.
    *
    * It is written at once: xterm.js waits for a timer before each piece, which takes 4 ms, and a second in pages that
-   * are hidden. After a frame's time the page gets its turn.
+   * are hidden. After a frame's time the page gets its turn; where a piece takes longer, the next one is smaller.
    */
   async write(data: Uint8Array, live: boolean): Promise<void> {
-    for (let at = 0; at < data.length && !this.gone; at += PIECE_BYTES) {
+    for (let at = 0; at < data.length && !this.gone; ) {
+      const begun = performance.now();
       this.answers.live = live;
-      (this.terminal as unknown as Hidden)._core._writeBuffer.writeSync(data.subarray(at, at + PIECE_BYTES));
+      (this.terminal as unknown as Hidden)._core._writeBuffer.writeSync(data.subarray(at, at + this.piece));
       this.answers.live = false;
-      if (performance.now() - this.turned < TURN_MS) continue;
+      at += this.piece;
+      const now = performance.now();
+      const slow = now - begun >= TURN_MS;
+      this.piece = slow ? Math.max(PIECE_MIN_BYTES, this.piece / 2) : Math.min(PIECE_BYTES, this.piece * 2);
+      if (now - this.turned < TURN_MS) continue;
       await turn();
       this.turned = performance.now();
     }
@@ -147,6 +158,13 @@ export class Screen {
     return this.foreign;
   }
 
+  /** Whether only a part of it can be seen. */
+  get cut(): boolean {
+    const { host } = this;
+    const screen = this.foreign === null ? null : host.querySelector(".xterm-screen");
+    return screen !== null && (screen.clientWidth > host.clientWidth || screen.clientHeight > host.clientHeight);
+  }
+
   /** Fits the terminal to its host, or to the size that the session has. */
   refit(): void {
     if (!this.opened || !this.host.clientWidth || !this.host.clientHeight) return;
@@ -161,10 +179,12 @@ export class Screen {
     const { foreign } = this;
     if (foreign === null) this.resize(room);
     else {
-      const scale = Math.min(1, cols / foreign.cols, rows / foreign.rows);
-      this.font(Math.max(SMALLEST_PX, Math.floor(this.base * scale * 2) / 2));
+      const wide = Math.min(1, cols / foreign.cols);
+      const whole = this.base * Math.min(wide, rows / foreign.rows);
+      const px = whole < READABLE_PX ? this.base * wide : whole;
+      this.font(Math.min(this.base, Math.max(READABLE_PX, Math.floor(px * 2) / 2)));
       this.resize(foreign);
-      requestAnimationFrame(() => this.showCursor());
+      requestAnimationFrame(() => this.showCursor(true));
     }
     this.host.classList.toggle("foreign", foreign !== null);
     if (changed) this.events.room(room);
@@ -174,13 +194,18 @@ export class Screen {
     if (cols !== this.terminal.cols || rows !== this.terminal.rows) this.terminal.resize(cols, rows);
   }
 
-  /** Scrolls a terminal that is too large for the window to where the cursor is. */
-  private showCursor(): void {
+  /** Scrolls a terminal that is too large for the window to where the cursor is, unless the user looks elsewhere. */
+  private showCursor(always: boolean): void {
     const screen = this.host.querySelector(".xterm-screen");
     if (this.foreign === null || screen === null) return;
+    const { scrollLeft, scrollTop } = this.host;
+    if (!always && Math.hypot(scrollLeft - this.followed.x, scrollTop - this.followed.y) > 2) return;
     const { cursorX, cursorY } = this.terminal.buffer.active;
     const [width, height] = [screen.clientWidth / this.terminal.cols, screen.clientHeight / this.terminal.rows];
-    this.host.scrollTo(width * (cursorX + 4) - this.host.clientWidth, height * (cursorY + 2) - this.host.clientHeight);
+    // Whole cells: half a line at the top cannot be read.
+    const left = Math.ceil(cursorX + 4 - this.host.clientWidth / width) * width;
+    this.host.scrollTo(left, Math.ceil(cursorY + 1 - this.host.clientHeight / height) * height);
+    this.followed = { x: this.host.scrollLeft, y: this.host.scrollTop };
   }
 
   private font(px: number): void {

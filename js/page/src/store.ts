@@ -26,7 +26,7 @@ export class Store {
 
   async load(): Promise<void> {
     try {
-      this.database = await open();
+      this.database ??= await open();
       const all = await done<Grant[]>(this.database.transaction("grants").objectStore("grants").getAll());
       for (const grant of all) this.grants.set(grant.id, grant);
     } catch {
@@ -39,9 +39,27 @@ export class Store {
     this.change("grants", (store) => store.put(grant));
   }
 
+  /** Keeps the name of a grant's session, unless another tab has forgotten the grant: in one transaction. */
+  rename(id: string, name: string): void {
+    const known = this.grants.get(id);
+    if (known === undefined || known.name === name) return;
+    this.grants.set(id, { ...known, name });
+    this.change("grants", (store) => {
+      const found = store.get(id) as IDBRequest<Grant | undefined>;
+      found.onsuccess = () => found.result !== undefined && store.put({ ...found.result, name });
+    });
+  }
+
   forget(id: string): void {
     this.grants.delete(id);
     this.change("grants", (store) => store.delete(id));
+  }
+
+  /** Forgets every grant; resolves once the browser did. */
+  async clear(): Promise<void> {
+    this.grants.clear();
+    const store = this.database?.transaction("grants", "readwrite").objectStore("grants");
+    if (store !== undefined) await done(store.clear());
   }
 
   /** Returns what was open in this tab, else what was open last anywhere. */

@@ -1,10 +1,10 @@
 /** One attachment to one session: its tab, its terminal, and what is said about it. */
 
-import { connect, type ConnectOptions, type Session, SternaError } from "../../src/browser.js";
+import { connect, type ConnectOptions, platform, type Session, SternaError } from "../../src/browser.js";
 import { Code } from "../../src/errors.js";
 import { clean } from "../../src/messages.js";
 import { button, type Child, el, icon, set } from "./dom.js";
-import { ask, asked, confirmed, guardedPaste, showText } from "./dialogs.js";
+import { ask, askName, confirmEnd, guardedPaste, showText } from "./dialogs.js";
 import { Find } from "./find.js";
 import type { Grant, Mode } from "./grants.js";
 import { withModifiers } from "./input.js";
@@ -12,7 +12,7 @@ import type { Keys } from "./keys.js";
 import { followFingers } from "./touch.js";
 import { Screen, type Size } from "./screen.js";
 import type { Settings } from "./store.js";
-import { browserName, endText, gapText, uncertainText } from "./texts.js";
+import { endText, FORGET_KEY, gapText, REVOKED, uncertainText } from "./texts.js";
 
 /** What a tab shall be attached to: a session, or a new one of an agent. */
 export interface Aim {
@@ -36,10 +36,9 @@ export interface Around {
   changed(tab: Tab): void;
   /** The session is there: `tab.aim` names it from now on. */
   attached(tab: Tab): void;
-  /** The ticket is of no use; true: there was an older one, to be tried again. */
-  refused(tab: Tab): boolean;
   leave(tab: Tab): void;
   forget(grant: Grant): void;
+  forgetKey(): Promise<void>;
   fontSize(px: number): void;
   isActive(tab: Tab): boolean;
 }
@@ -52,12 +51,13 @@ interface Info {
 
 const INFO_WAIT_MS = 1_500;
 const TITLE_MAX_CHARS = 200;
+const ANSWERS_MAX = 1_000;
 const SAID_MS = 4_000;
 const AGAIN_MIN_MS = 500;
 const AGAIN_MAX_MS = 8_000;
 const WATCHING = "You are watching: keys are not sent";
 /** What other devices are told that this is. */
-const LABEL = browserName(navigator.userAgent);
+const LABEL = platform.label();
 let numbers = 0;
 
 /** Resolves after a time, or as soon as there is a network again. */
@@ -96,6 +96,7 @@ export class Tab {
   private readonly strip = el("div", { class: "strip", role: "alert", hidden: true });
   private typist = true;
   private trusting = false;
+  private waiting = 0;
   private clipboardAllowed = false;
   private clipboardOffered = false;
   private abort = new AbortController();
@@ -157,6 +158,8 @@ export class Tab {
       if (this.watching && (key.length === 1 || key === "Enter")) this.say(WATCHING);
     };
     host.addEventListener("keydown", told, true);
+    // Beside a terminal of another device's size, too, keys are for the program.
+    host.addEventListener("click", () => this.focus());
     host.addEventListener("drop", (event) => event.preventDefault(), true);
     followFingers(host, this.screen.terminal, {
       spread: (factor, done) => this.pinch(factor, done),
@@ -274,22 +277,20 @@ export class Tab {
   }
 
   private fail(error: SternaError): void {
-    const gone = [Code.DENIED, Code.EXPIRED, Code.NOT_FOUND].includes(error.code as never);
-    if (this.session === null && gone && this.around.refused(this)) {
-      void this.start();
-      return;
-    }
     this.turn("failed", null);
-    this.close(error.message, "failed");
+    this.close(error.code === Code.REVOKED ? REVOKED : error.message, "failed", error.code);
   }
 
   /** Says that it is over, and what can be done. */
-  private close(text: string, kind: "ended" | "failed"): void {
+  private close(text: string, kind: "ended" | "failed", code: number = Code.OK): void {
     this.session = kind === "ended" ? this.session : null;
     const { aim } = this;
     const buttons: Child[] = [];
     if (kind === "failed") {
-      buttons.push(button({ class: "primary", "data-act": "retry" }, "Try again", () => void this.start()));
+      if (code === Code.REVOKED)
+        buttons.push(button({ class: "primary", "data-act": "key" }, FORGET_KEY, () => void this.around.forgetKey()));
+      else if (code !== Code.BAD_REQUEST)
+        buttons.push(button({ class: "primary", "data-act": "retry" }, "Try again", () => void this.start()));
       if (aim.grant.session !== null)
         buttons.push(
           button({ class: "plain", "data-act": "forget" }, "Forget this link", () => this.around.forget(aim.grant)),
@@ -313,9 +314,14 @@ export class Tab {
     this.focus();
   }
 
+  private get over(): boolean {
+    return this.state === "ended" || this.state === "failed";
+  }
+
   private turn(state: TabState, since: number | null): void {
     this.state = state;
     this.since = since;
+    if (this.over) this.others = [];
     this.show();
     this.around.changed(this);
   }
@@ -323,26 +329,16 @@ export class Tab {
   /** Ends the session for good, if the user means it. */
   async end(): Promise<void> {
     if (this.session === null || this.watching) return;
-    if (
-      await confirmed(
-        `End ${this.name}?`,
-        "Its program is ended, on all devices. What it did not save is lost.",
-        "End session",
-      )
-    )
-      await this.session.close();
+    if (await confirmEnd(this.name)) await this.session.close();
   }
 
   async rename(): Promise<void> {
     const { session } = this;
-    const name = session === null ? null : await asked("Rename session", "Name", this.name);
-    if (session === null || !name || name === this.name) return;
-    try {
+    if (session === null) return;
+    await askName(this.name, async (name) => {
       await session.call("rename", { session: session.uid, name });
       this.renamed(name);
-    } catch (error) {
-      this.note("refused", (error as Error).message);
-    }
+    });
   }
 
   renamed(name: string): void {
@@ -395,17 +391,12 @@ export class Tab {
     const late = new Promise<null>((resolve) => setTimeout(() => resolve(null), INFO_WAIT_MS));
     const asked = session.call("info", { session: session.uid }).catch(() => null);
     const info = (await Promise.race([asked, late])) as Info | null;
-    if (info === null || this.session !== session) return;
+    if (info === null || this.session !== session || this.over) return;
     const labels = (info.attachments ?? []).map((one) =>
       one.mode === "watch" ? `${one.label} (watching)` : one.label,
     );
-    labels.splice(
-      Math.max(
-        0,
-        labels.findIndex((label) => label.startsWith(LABEL)),
-      ),
-      1,
-    ); // one of them is this tab
+    const own = this.watching ? `${LABEL} (watching)` : LABEL;
+    labels.splice(Math.max(0, labels.indexOf(own)), 1); // one of them is this tab
     this.others = labels;
     const { cols = 0, rows = 0 } = info;
     const { room } = this.screen;
@@ -431,8 +422,12 @@ export class Tab {
   }
 
   private send(data: string | Uint8Array): void {
-    if (this.state === "ended" || this.state === "failed") return;
-    if (!this.watching && this.session !== null) void this.session.write(data).catch(() => undefined);
+    if (this.over || this.watching || this.session === null) return;
+    // A program that asks and does not read what is answered: what is typed waits, answers do not.
+    if (this.screen.answers.live && this.waiting >= ANSWERS_MAX) return;
+    this.waiting += 1;
+    const taken = (): void => void (this.waiting -= 1);
+    this.session.write(data).then(taken, taken);
   }
 
   /** Types what the row of keys gives. */

@@ -36,6 +36,10 @@ export function endText(end: { status: number | null; signal: number | null; rea
   return end.reason ? `Ended: ${end.reason}` : "The session is over.";
 }
 
+/** What is said to a browser that was revoked. */
+export const REVOKED = "This browser was revoked. Forget its key, then open a new link (sterna share) to get in again.";
+export const FORGET_KEY = "Forget this browser\u2019s key";
+
 /** Returns what is said of output that will never come. */
 export function gapText(count: number): string {
   return `${bytes(count)} of output were not kept while this page was away; what you see is right again from here on.`;
@@ -49,29 +53,4 @@ export function uncertainText(count: number): string {
 /** Returns who else is there, or "". */
 export function othersText(count: number): string {
   return count <= 0 ? "" : count === 1 ? "1 other device" : `${count} other devices`;
-}
-
-// The first that is named counts: Edge names Chrome and Safari as well, Android Linux.
-const BROWSERS = [
-  ["Edg", "Edge"],
-  ["OPR", "Opera"],
-  ["Firefox", "Firefox"],
-  ["Chrome", "Chrome"],
-  ["Safari", "Safari"],
-];
-const SYSTEMS = [
-  ["Android", "Android"],
-  ["CrOS", "ChromeOS"],
-  ["iPhone", "iPhone"],
-  ["iPad", "iPad"],
-  ["Windows", "Windows"],
-  ["Mac OS", "macOS"],
-  ["Linux", "Linux"],
-];
-
-/** Returns what a browser is called by its user agent: "Chrome on Android". */
-export function browserName(agent: string): string {
-  const named = (known: string[][]): string | undefined => known.find(([word]) => agent.includes(word))?.[1];
-  const system = named(SYSTEMS);
-  return `${named(BROWSERS) ?? "Browser"}${system === undefined ? "" : ` on ${system}`}`;
 }

@@ -1,6 +1,7 @@
 /** Keeps the page's own files, and nothing else, so that it starts without a network. */
 
-declare const SHELL: string[];
+/** The page's files and what each has to be: an answer of something else, such as a proxy's own page, is not kept. */
+declare const SHELL: { [path: string]: string };
 declare const VERSION: string;
 
 interface Extendable extends Event {
@@ -19,7 +20,7 @@ const worker = globalThis as unknown as {
 };
 
 worker.addEventListener("install", (event) => {
-  const fresh = SHELL.map((path) => new Request(path, { cache: "no-cache" }));
+  const fresh = Object.entries(SHELL).map(([path, integrity]) => new Request(path, { cache: "no-cache", integrity }));
   event.waitUntil(
     caches
       .open(NAME)
@@ -37,7 +38,7 @@ worker.addEventListener("activate", (event) => {
 
 worker.addEventListener("fetch", (event) => {
   const { origin, pathname } = new URL(event.request.url);
-  if (event.request.method !== "GET" || origin !== location.origin || !SHELL.includes(pathname)) return;
+  if (event.request.method !== "GET" || origin !== location.origin || !Object.hasOwn(SHELL, pathname)) return;
   const answer = async (): Promise<Response> =>
     (await (await caches.open(NAME)).match(pathname)) ?? fetch(event.request);
   event.respondWith(answer());

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "play": ("record", "Play a recording."),
     "pod": ("pod", "Serve a command as an agent."),
     "record": ("record", "Record a session as asciicast v3."),
+    "remote": ("remote", "The remote daemon (sterna-remote); `remote attach HOST`: a command there."),
     "rename": ("sessions", "Give a session another name."),
     "revoke": ("access", "Refuse a device or an access token from now on."),
     "send": ("script", "Type text into a session."),

@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _META = "sterna.ssh"
 _MARK = "STERNA "
-_MISSING = "STERNA-MISSING"
+MISSING = "STERNA-MISSING"
 _HOSTNAME = "STERNA-HOST "
 _OUTPUT_MAX_BYTES = 256 * 1024
 _KNOWN_SECONDS = 2.0
@@ -37,14 +37,14 @@ _TUNNEL_SECONDS = 20.0
 _TOOK_NOTHING = 127
 _LOGIN_FAILED = 255
 _PATH = re.compile(r"(?:~/)?[A-Za-z0-9._/+@%: -]{1,1024}\Z")
-_INSTALL = (
+INSTALL = (
     "install it there (`pipx install` of its source directory, Python 3.11 or newer) or say where it is with "
     "--remote-sterna PATH"
 )
 
 # What ssh must not do on this call, whatever the user's configuration says for logins: no forwardings that fail or
 # linger, no other command, no terminal.
-_PLAIN = ("-T", "-a", "-x", "-o", "RemoteCommand=none")
+PLAIN = ("-T", "-a", "-x", "-o", "RemoteCommand=none")
 
 
 def ssh_options(command: F) -> F:
@@ -123,8 +123,8 @@ def _blocked(target: Target, remote: Remote) -> ConnectionLostError:
 # ---- ssh --------------------------------------------------------------------------------------------------------
 
 
-def remote_command(sterna: str | None) -> str:
-    """Returns what the other machine's login shell shall run: finds sterna and becomes `sterna invite`.
+def remote_command(sterna: str | None, words: str = "invite") -> str:
+    """Returns what the other machine's login shell shall run: finds sterna and becomes `sterna invite`, or `words`.
 
     It is made so that sh, bash, zsh, fish and csh read it alike: one line, one pair of single quotes, no exclamation
     mark, no backslash.
@@ -135,12 +135,12 @@ def remote_command(sterna: str | None) -> str:
             raise UsageError("--remote-sterna takes a path of letters, digits and . _ - / + @ % : ~ and spaces.")
         chosen = "$HOME/" + sterna[2:] if sterna.startswith("~/") else sterna
         places = [f'"{chosen}"']
-    run = 'if [ -x "$s" ] && [ -f "$s" ]; then exec "$s" invite; fi'
+    run = f'if [ -x "$s" ] && [ -f "$s" ]; then exec "$s" {words}; fi'
     script = f"for s in {' '.join(places)}; do {run}; done; "
     if sterna is None:
         # A login shell may take a second to start, so it is asked last; its start-up files may print anything.
         script += f's=$("$SHELL" -lc "command -v sterna" </dev/null 2>/dev/null | tail -n 1); {run}; '
-    return f"exec sh -c '{script}echo {_MISSING}; exit {_TOOK_NOTHING}'"
+    return f"exec sh -c '{script}echo {MISSING}; exit {_TOOK_NOTHING}'"
 
 
 def _words(command: list[str], target: Target, *options: str) -> list[str]:
@@ -156,7 +156,7 @@ def _invited(command: list[str], target: Target, options: dict[str, Any], port: 
 
     request = {"version": 1, "port": port, "listen": options.get("listen"), "tunnel": bool(options.get("via_ssh"))}
     words = _words(
-        command, target, *_PLAIN, "-o", "ClearAllForwardings=yes", "-o", "PermitLocalCommand=yes",
+        command, target, *PLAIN, "-o", "ClearAllForwardings=yes", "-o", "PermitLocalCommand=yes",
         # ssh says so which name or address it uses, without a second call of it.
         "-o", f"LocalCommand=echo {_HOSTNAME}%h",
     )  # fmt: skip
@@ -186,8 +186,8 @@ def _understood(output: str, status: int, target: Target) -> Remote:
     lines = output.splitlines()
     answer = next((line[len(_MARK) :] for line in lines if line.startswith(_MARK)), None)
     if answer is None:
-        if _MISSING in lines:
-            raise UsageError(f"There is no sterna on {target.host}: {_INSTALL}.")
+        if MISSING in lines:
+            raise UsageError(f"There is no sterna on {target.host}: {INSTALL}.")
         if status == _LOGIN_FAILED:
             raise ConnectionLostError(
                 f"ssh could not reach {target.host}, or not log in there as asked: what it said is above (`ssh "
@@ -271,7 +271,7 @@ def _tunnelled(command: list[str], target: Target, remote: Remote, context: clic
     path = os.path.join(directory.name, "s")
     host = f"[{remote.host}]" if ":" in remote.host else remote.host
     words = _words(
-        command, target, *_PLAIN, "-N", "-o", "ExitOnForwardFailure=no", "-o", "StreamLocalBindUnlink=yes",
+        command, target, *PLAIN, "-N", "-o", "ExitOnForwardFailure=no", "-o", "StreamLocalBindUnlink=yes",
         "-o", "ServerAliveInterval=5", "-o", "ControlPath=none", "-L", f"{path}:{host}:{remote.port}",
     )  # fmt: skip
     tunnel = _Tunnel(words, path)

@@ -57,13 +57,13 @@ def _mode(flags: Flags, override: str) -> int:
         print(install(flags))  # noqa: T201 # as above
         return 0
     if flags.bools["stop"]:
-        from sterna.remote.stop import stop
+        from sterna.remote.stop import stop, stop_own
 
-        stop(_socket(flags))
+        (stop_own if flags.bools["strict"] else stop)(_socket(flags))
     elif flags.bools["bridge"]:
         from sterna.remote.bridge import bridge
 
-        bridge(_socket(flags))
+        bridge(_socket(flags), drain=flags.bools["strict"])
     elif flags.bools["serve"]:
         _serve(flags)
     else:

@@ -8,9 +8,10 @@ from sterna.errors import SternaError
 from sterna.remote.wire import encode, encode_text, utf8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sterna.remote.connection import Connection
+    from sterna.remote.fields import Kind
 
 PARSE_ERROR: Final = -32700
 BAD_VERSION: Final = -32600
@@ -47,8 +48,8 @@ class Params:
         return value
 
     def flag(self, name: str) -> bool:
-        """Returns a boolean."""
-        return self._values[name] is True
+        """Returns a boolean, False for one that this daemon does not know of."""
+        return self._values.get(name) is True
 
     def number(self, name: str) -> int:
         """Returns an integer."""
@@ -67,11 +68,27 @@ class Params:
         assert isinstance(value, list)
         return value
 
+    def group(self, name: str) -> Params | None:
+        """Returns an object with fields of its own that may be missing, or that this daemon does not know of."""
+        value = self._values.get(name)
+        return Params(value) if isinstance(value, dict) else None
+
     def map(self, name: str) -> dict[str, str]:
         """Returns an object of strings."""
         value = self._values[name]
         assert isinstance(value, dict)
         return value
+
+
+class Additions:
+    """What extensions add to the contract's methods; nothing unless they are asked for."""
+
+    def __init__(self) -> None:
+        self.inline: Mapping[str, Callable[[Call], None]] = {}
+        self.threaded: Mapping[str, Callable[[Params], Result]] = {}
+        self.fields: Mapping[str, Mapping[str, Kind]] = {}
+        self.methods: tuple[str, ...] = ()
+        self.features: tuple[str, ...] = ()
 
 
 class Call:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import time
 from typing import TYPE_CHECKING, Final
 
 from sterna.limits import REMOTE_FRAME_BYTES, REMOTE_PIPE_BYTES
@@ -24,13 +25,14 @@ class PipeError(OSError):
 class Child:
     """A started child; it stays a zombie, and so keeps its process group's number, until `reap`."""
 
-    __slots__ = ("_outputs", "exit_code", "pid", "pidfd", "stdin")
+    __slots__ = ("_outputs", "exit_code", "pid", "pidfd", "started_at", "stdin")
 
     def __init__(self, pid: int, pidfd: int, stdin: int, stdout: int, stderr: int) -> None:
         self.pid, self.pidfd = pid, pidfd
         self.stdin = stdin
         self._outputs = [stdout, stderr]
         self.exit_code: int | None = None
+        self.started_at = time.time()
 
     @classmethod
     def start(cls, executable: bytes, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes) -> Child:
@@ -80,6 +82,12 @@ class Child:
         except BlockingIOError:
             return 0
 
+    def keep(self, data: bytes | memoryview) -> None:
+        """Called with input before it is acknowledged; this child keeps it nowhere but in its queue."""
+
+    def seal_stdin(self) -> None:
+        """Called when the input is to be closed after what is queued."""
+
     def widen(self, stream: int) -> None:
         """Makes an output's pipe larger; called for floods only, as a user's pipes share a bound."""
         try:
@@ -107,6 +115,12 @@ class Child:
                 return False
             self.exit_code = status.si_status if status.si_code == os.CLD_EXITED else -1
         return True
+
+    def finish(self) -> None:
+        """Called before the exit frame is sent to anybody."""
+
+    def forget(self) -> None:
+        """Called when nobody can address the child any more."""
 
     def reap(self) -> None:
         """Takes the exited child out of the process table, the last thing that happens to it."""

@@ -17,7 +17,9 @@ NAME: Final = "claustrum.conf"
 
 _TRUE: Final = frozenset({"true", "1", "yes", "on"})
 _FALSE: Final = frozenset({"false", "0", "no", "off"})
-_BOOLS: Final = frozenset({"keep-children", "listen-pipe", "files-read-regular-only"})
+_BOOLS: Final = frozenset(
+    {"keep-children", "listen-pipe", "files-read-regular-only", "durable", "strict", "extensions"}
+)
 _SIZES: Final = frozenset({"max-extract-bytes", "max-cli-bytes"})
 _TIMES: Final = frozenset({"git-timeout", "cli-probe-timeout", "cli-download-timeout", "libc-probe-timeout"})
 _PRINTABLE: Final = re.compile(r"[\x20-\x7e]+")

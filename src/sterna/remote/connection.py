@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from sterna.limits import (
     REMOTE_BACKLOG_BYTES,
@@ -19,7 +19,16 @@ from sterna.remote.loop import READ, WRITE
 
 if TYPE_CHECKING:
     from sterna.remote.loop import Loop
-    from sterna.remote.process import Process
+
+    class Resumable(Protocol):
+        """What makes frames for clients: a process for its subscriber, a watcher."""
+
+        def resume(self) -> None:
+            """The client has caught up."""
+
+        def detach(self, connection: Connection) -> None:
+            """The client is gone."""
+
 
 _READ_BYTES: Final = 64 * 1024
 _PIECES_MAX = 64  # of one sendmsg
@@ -51,8 +60,8 @@ class Connection:
     """
 
     __slots__ = (
-        "_budget", "_corked", "_gone", "_handle", "_held", "_loop", "_mask", "_out", "_partial", "_socket", "backlog",
-        "closed", "paused", "pending", "pending_bytes", "processes", "stdin",
+        "_budget", "_corked", "_deciding", "_gone", "_handle", "_held", "_loop", "_mask", "_out", "_partial", "_socket",
+        "backlog", "closed", "paused", "pending", "pending_bytes", "processes", "stdin",
     )  # fmt: skip
 
     def __init__(
@@ -69,10 +78,11 @@ class Connection:
         self._held: list[bytes | bytearray] = []  # whole lines that were read when the client had enough pending
         self._out: deque[bytes | memoryview | Lazy] = deque()
         self._corked = self.closed = False
+        self._deciding = 0  # bytes of a line that is read elsewhere
         self.backlog = 0  # bytes that wait in _out
         self.pending = self.pending_bytes = 0  # of requests without a reply yet
-        self.processes: set[Process] = set()  # those whose frames come here
-        self.paused: set[Process] = set()  # those that wait for the backlog to shrink
+        self.processes: set[Resumable] = set()  # those whose frames come here
+        self.paused: set[Resumable] = set()  # those that wait for the backlog to shrink
         self.stdin: deque[Callable[[], bool]] = deque()  # stdin requests in their order, the first one is blocked
         self._mask = READ
         loop.watch(sock.fileno(), READ, self._ready)
@@ -155,7 +165,8 @@ class Connection:
     def _busy(self) -> bool:
         """Whether the client is to be read no further until it has taken replies or its requests are done."""
         return (
-            self.backlog > REMOTE_REPLIES_MAX_BYTES
+            self._deciding > 0
+            or self.backlog > REMOTE_REPLIES_MAX_BYTES
             or self.pending > REMOTE_REQUESTS_PENDING_MAX
             or self.pending_bytes > REMOTE_PENDING_MAX_BYTES
         )
@@ -272,6 +283,18 @@ class Connection:
             pieces.append(piece)
         return pieces
 
+    def hold(self, size: int) -> None:
+        """Keeps what comes after a line of `size` bytes waiting, as that one is read elsewhere."""
+        self._deciding = size
+        self._budget.used += size
+
+    def release(self) -> None:
+        """The line is read: what waits comes next, after its reply."""
+        if not self.closed:
+            self._budget.used -= self._deciding
+            self._deciding = 0
+            self._loop.post(self.settle)
+
     def settle(self) -> None:
         """Called when a request has its reply: the client may send more."""
         if not self._mask & READ:
@@ -302,7 +325,7 @@ class Connection:
         self._loop.forget(self._socket.fileno())
         self._socket.close()
         self._out.clear()
-        self._budget.used -= len(self._partial)
+        self._budget.used -= len(self._partial) + self._deciding
         self._partial = b""
         self._held.clear()
         self.stdin.clear()

@@ -8,8 +8,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from sterna.limits import REMOTE_GIT_STRICT_SECONDS
 from sterna.remote import build, files, git, processes
-from sterna.remote.directories import remove
+from sterna.remote.calls import Additions
+from sterna.remote.directories import remove, socket_identity
 from sterna.remote.dispatch import FEATURES, METHODS, Dispatcher
 from sterna.remote.environment import TOKEN_PIPE, own_environment
 from sterna.remote.failure import StartError
@@ -27,6 +29,7 @@ from sterna.remote.workers import Workers
 if TYPE_CHECKING:
     from sterna.remote.calls import Result
     from sterna.remote.flags import Flags
+    from sterna.remote.keeper import Keeper
 
 _SWITCH_SECONDS = 0.0005  # for so long a busy worker may keep the loop from running
 
@@ -42,6 +45,13 @@ def _entry(environment: list[bytes], name: bytes) -> str:
     )
 
 
+def git_seconds(flags: Flags) -> float:
+    """Returns after how long git is killed, 0 for never; -strict has a bound of its own where none is given."""
+    if flags.bools["strict"] and not flags.ints["git-timeout"] and "git-timeout" not in flags.given:
+        return REMOTE_GIT_STRICT_SECONDS
+    return flags.seconds("git-timeout")
+
+
 class Daemon:
     """All parts of a running daemon."""
 
@@ -49,6 +59,7 @@ class Daemon:
         self._flags, self._path = flags, path
         self._environment = own_environment()
         self._log = Log(_entry(self._environment, b"CLAUSTRUM_LOG_LEVEL"))
+        self._keeper: Keeper | None = None  # with -durable
         self._token = self._read_token()
         _keep_descriptors()
         raise_descriptor_limit()
@@ -58,23 +69,36 @@ class Daemon:
         self._metrics_server = MetricsServer(loop, metrics, self._log)
         self._login_path = LoginPath(loop, self._log)
         self._processes = processes.Processes(loop, self._log, metrics, self._login_path, self._environment, home)
-        seconds = flags.ints["git-timeout"]
+        strict, seconds = flags.bools["strict"], git_seconds(flags)
         methods = files.Files(
             home,
-            regular_only=flags.bools["files-read-regular-only"],
+            regular_only=flags.bools["files-read-regular-only"] or strict,
             extract_max_bytes=flags.ints["max-extract-bytes"],
+            staged=strict,
         ).methods
+        asked = git.Git(self._environment, home, seconds, duration_text(round(seconds * 1e9)), strict=strict).methods
+        workers = Workers(loop.post)
+        more = self._extensions(workers, home) if flags.bools["extensions"] else Additions()
         self._dispatcher = Dispatcher(
             self._log,
-            Workers(loop.post),
+            workers,
+            Workers(loop.post, 1),
             self._token,
-            inline=self._processes.methods,
-            threaded={**methods, **git.Git(self._environment, home, seconds / 1e9, duration_text(seconds)).methods},
-            fields={**files.FIELDS, **git.FIELDS, **processes.FIELDS},
-            server=_server_results(),
+            inline={**self._processes.methods, **more.inline},
+            threaded={**methods, **asked, **more.threaded},
+            fields={**files.FIELDS, **git.FIELDS, **processes.FIELDS, **more.fields},
+            server=_server_results(more),
             shut_down=self._stop,
+            guarded=strict,
         )
-        self._server = Server(loop, self._log, metrics, self._dispatcher.handle)
+        self._server = Server(loop, self._log, metrics, self._dispatcher.handle, strict=strict)
+        self._lock = -1  # with -strict: held as long as this process lives
+
+    def _extensions(self, workers: Workers, home: str) -> Additions:
+        from sterna.remote.extensions import additions
+        from sterna.remote.filewatch import FileWatches
+
+        return additions(self._processes, FileWatches(self._loop, workers, home), home)
 
     def _read_token(self) -> bytes:
         pipe = os.environ.pop(TOKEN_PIPE, "")
@@ -93,11 +117,19 @@ class Daemon:
 
     def run(self) -> NoReturn:
         """Listens, serves, and ends the process."""
+        if self._flags.bools["strict"]:
+            from sterna.remote import strict
+
+            self._lock = strict.inherited_lock(self._path)
+            strict.sign(self._lock)
         self._login_path.start(_entry(self._environment, b"SHELL"), self._environment)
+        if self._flags.bools["durable"]:
+            self._keep_processes()
         try:
             self._server.listen(self._path)
         except OSError as error:
             raise StartError(f"listen unix: {error}") from error
+        self._socket = socket_identity(self._path)
         directory = os.path.dirname(self._path) or "."
         problem = persist(self._token, directory)
         if problem:
@@ -116,6 +148,12 @@ class Daemon:
         self._close()
         os._exit(0)  # workers may wait for a pipe or a slow disk
 
+    def _keep_processes(self) -> None:
+        from sterna.remote.keeper import Keeper
+
+        self._keeper = Keeper(self._loop, self._log, self._path, self._environment)
+        self._processes.take_up(self._keeper)
+
     def _failed(self, error: BaseException) -> None:
         self._log.error(f"[Server] recovered panic: {error!r}")
 
@@ -125,13 +163,16 @@ class Daemon:
     def _close(self) -> None:
         self._server.close_listener()
         self._metrics_server.close()
-        for name in (self._path, os.path.join(os.path.dirname(self._path) or ".", FILE_NAME)):
-            remove(name)
+        if self._lock < 0 or socket_identity(self._path) == self._socket:  # else it is another daemon's by now
+            for name in (self._path, os.path.join(os.path.dirname(self._path) or ".", FILE_NAME)):
+                remove(name)
         if self._flags.bools["keep-children"]:
             alive = self._processes.alive()
             self._log.info(f"[Server] -keep-children: leaving {alive} running child process(es) alive across shutdown")
         else:
             self._processes.kill_all()
+            if self._keeper is not None:
+                self._keeper.end()
         self._server.close_connections()
 
 
@@ -150,9 +191,13 @@ def _keep_descriptors() -> None:
                 pass
 
 
-def _server_results() -> dict[str, Result]:
+def _server_results(more: Additions) -> dict[str, Result]:
     version = build.version()
     return {
         "server.version": {"version": version, "platform": build.PLATFORM, "arch": build.arch()},
-        "server.capabilities": {"version": version, "methods": list(METHODS), "features": list(FEATURES)},
+        "server.capabilities": {
+            "version": version,
+            "methods": [*METHODS, *more.methods],
+            "features": [*FEATURES, *more.features],
+        },
     }

@@ -50,3 +50,12 @@ def remove(path: str) -> bool:
             continue
         return True
     return False
+
+
+def socket_identity(path: str) -> tuple[int, int] | None:
+    """Returns what tells the socket at `path` from every other one, None when there is none."""
+    try:
+        status = os.lstat(bytes_of(path))
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None

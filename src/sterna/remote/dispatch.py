@@ -43,17 +43,20 @@ _PONG: Final = '"result":{"pong":true}'
 _SHUTDOWN: Final = "server.shutdown"
 _ENVELOPE: Final = frozenset({"jsonrpc", "id", "method", "params", "auth"})
 _ABSENT: Final = object()
+_LIGHT_BYTES: Final = 4_096  # up to here, or with so few values, a line is read where it arrives
+_LIGHT_VALUES: Final = 1_024
 
 
 class Request:
     """The members of a request that count."""
 
-    __slots__ = ("auth", "id_text", "jsonrpc", "method", "params")
+    __slots__ = ("auth", "bound", "id_text", "jsonrpc", "method", "params")
 
     def __init__(self) -> None:
         self.jsonrpc = self.method = self.auth = ""
         self.id_text = "null"
         self.params: Value | object = _ABSENT
+        self.bound: Params | None = None  # the parameters, where they are known already
 
 
 def decode_request(data: bytes) -> Request:
@@ -81,18 +84,33 @@ def decode_request(data: bytes) -> Request:
     return request
 
 
+def _heavy(data: bytes) -> bool:
+    """Returns whether a line may hold very many values; looking for each is much faster than counting all."""
+    left = _LIGHT_VALUES
+    for mark in (b",", b"[", b"{"):
+        at = data.find(mark)
+        while at >= 0:
+            left -= 1
+            if not left:
+                return True
+            at = data.find(mark, at + 1)
+    return False
+
+
 class Dispatcher:
     """Answers lines.
 
     Parameters: `token`, without line ends; `inline`, methods that answer by themselves and never block; `threaded`,
-    methods that may block; `fields`, the parameters of both; `server`, results of the namespace server; `shut_down`,
-    called by server.shutdown.
+    methods that may block; `decoder`, a single thread for lines of very many values; `fields`, the parameters of both
+    kinds; `server`, results of the namespace server; `shut_down`, called by server.shutdown; `guarded`, whether that
+    needs the token too.
     """
 
     def __init__(
         self,
         log: Log,
         workers: Workers,
+        decoder: Workers,
         token: bytes,
         *,
         inline: Mapping[str, Callable[[Call], None]],
@@ -100,24 +118,57 @@ class Dispatcher:
         fields: Mapping[str, Mapping[str, Kind]],
         server: Mapping[str, Result],
         shut_down: Callable[[], None],
+        guarded: bool = False,
     ) -> None:
-        self._log, self._workers, self._token = log, workers, token
+        self._log, self._workers, self._decoder, self._token = log, workers, decoder, token
         self._inline, self._threaded, self._fields, self._shut_down = inline, threaded, fields, shut_down
         self._server = {method: f'"result":{encode(result)}' for method, result in server.items()}
         self._server["server.ping"] = _PONG
+        self._open = None if guarded else _SHUTDOWN  # the method that needs no token
 
     def handle(self, connection: Connection, data: bytes) -> None:
         """Answers one line, now or later."""
+        if len(data) > _LIGHT_BYTES and _heavy(data):
+            connection.hold(len(data))
+            self._decoder.submit(lambda: self._read_apart(connection, data))
+            return
         try:
             request = decode_request(data)
         except WireError:
             connection.write(_PARSE_REPLY)
             return
+        self._answer(connection, request, len(data))
+
+    def _read_apart(self, connection: Connection, data: bytes) -> Callable[[], None]:
+        """Reads a line of very many values in the decoder's thread, so that it holds up its own connection only."""
+        request: Request | None = None
+        try:
+            request = decode_request(data)
+            if request.method in self._fields and request.params is not _ABSENT:
+                request.bound = Params(bind(request.params, self._fields[request.method]))  # type: ignore[arg-type] # not _ABSENT
+        except WireError:
+            pass
+        except BindError:
+            assert request is not None
+            request.params = ""  # which cannot be bound either
+        except Exception:  # noqa: BLE001 # as where it arrives: this connection ends, the daemon goes on
+            return lambda: connection.close("internal error")
+
+        def go_on() -> None:
+            connection.release()
+            if request is None:
+                connection.write(_PARSE_REPLY)
+            else:
+                self._answer(connection, request, len(data))
+
+        return go_on
+
+    def _answer(self, connection: Connection, request: Request, size: int) -> None:
         try:
             self._check(request)
             outcome = self._server.get(request.method)
             if outcome is None:
-                self._call(connection, request, len(data))
+                self._call(connection, request, size)
                 return
         except CallError as error:
             outcome = error_json(error.number, str(error))
@@ -125,7 +176,7 @@ class Dispatcher:
 
     def _check(self, request: Request) -> None:
         method = request.method
-        if method != _SHUTDOWN and not self._authorized(request.auth):
+        if method != self._open and not self._authorized(request.auth):
             self._log.warn(f"[Server] Unauthorized request: method={method}, id={request.id_text}")
             raise CallError(UNAUTHORIZED, "Unauthorized: invalid or missing auth token")
         if request.jsonrpc != "2.0":
@@ -149,7 +200,7 @@ class Dispatcher:
         if request.params is _ABSENT:
             raise CallError(BAD_PARAMS, "Invalid params")
         try:
-            params = Params(bind(request.params, self._fields[request.method]))  # type: ignore[arg-type] # not _ABSENT
+            params = request.bound or Params(bind(request.params, self._fields[request.method]))  # type: ignore[arg-type] # not _ABSENT
         except BindError as error:
             raise CallError(BAD_PARAMS, "Invalid params") from error
         call = Call(connection, request.id_text, params, size)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 DAEMON_MARK = "CLAUSTRUM_DAEMON_CHILD"
 TOKEN_PIPE = "CLAUSTRUM_TOKEN_PIPE"  # noqa: S105 # a variable's name, no token
+LOCK_PIPE = "CLAUSTRUM_LOCK"
 _CHILD_MARK = b"CLAUDE_SSH_DAEMON_CHILD=1"
-_OURS = tuple(name + b"=" for name in (b"CLAUDE_RPC_TOKEN", DAEMON_MARK.encode(), TOKEN_PIPE.encode()))
+_OURS = (b"CLAUDE_RPC_TOKEN=", *(name.encode() + b"=" for name in (DAEMON_MARK, TOKEN_PIPE, LOCK_PIPE)))
 
 
 def own_environment() -> list[bytes]:

@@ -26,11 +26,12 @@ class ExtractError(SternaError):
         self.count = count
 
 
-def extract(archive: str, target: str, home: str, max_bytes: int) -> tuple[int, str]:
+def extract(archive: str, target: str, home: str, max_bytes: int, staged: bool = False) -> tuple[int, str]:
     """Replaces the directory `target` by what `archive` holds; returns how many files, and what went wrong if anything.
 
     Parameters: `home`, the directory that is never deleted; `max_bytes`, of all files together, 0 for no bound.
-    The archive is deleted on every outcome once it could be opened.
+    The archive is deleted on every outcome once it could be opened. With `staged` the directory is replaced in one
+    step, when everything is unpacked, and stays as it is if that fails.
     """
     try:
         place = _checked(target, home)
@@ -39,12 +40,20 @@ def extract(archive: str, target: str, home: str, max_bytes: int) -> tuple[int, 
         except (OSError, ValueError) as error:
             raise ExtractError(f"open archive: {failure('open', archive, error)}") from error
         try:
-            return _unpack(lambda size: _read(source, archive, size), place, max_bytes), ""
+            return _unpack(lambda size: _read(source, archive, size), place, max_bytes, staged), ""
         finally:
+            if not staged or _is(source, archive):  # not a file of the same name that came out of the archive
+                remove(archive)
             os.close(source)
-            remove(archive)
     except ExtractError as error:
         return error.count, str(error)
+
+
+def _is(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(bytes_of(path)))
+    except OSError:
+        return False
 
 
 def _checked(target: str, home: str) -> str:
@@ -64,11 +73,13 @@ def _read(source: int, path: str, size: int) -> bytes:
         raise GzipError(failure("read", path, error)) from error
 
 
-def _unpack(read: Callable[[int], bytes], place: str, max_bytes: int) -> int:
+def _unpack(read: Callable[[int], bytes], place: str, max_bytes: int, staged: bool) -> int:
     try:
         unpacked = GzipReader(read)
     except GzipError as error:
         raise ExtractError(f"gzip: {error}") from error
+    if staged:
+        return _unpack_staged(unpacked, place, max_bytes)
     try:
         remove_all(place)
     except RemovalError as error:
@@ -80,13 +91,39 @@ def _unpack(read: Callable[[int], bytes], place: str, max_bytes: int) -> int:
         raise ExtractError(f"mkdir destDir: {error}") from error
     except (OSError, ValueError) as error:
         raise ExtractError(f"mkdir destDir: {failure('mkdir', place, error)}") from error
+    return _fill(unpacked, tree, max_bytes)
+
+
+def _unpack_staged(unpacked: GzipReader, place: str, max_bytes: int) -> int:
+    from sterna.remote.staging import Staging
+
+    try:
+        staging = Staging(place)
+    except MkdirError as error:
+        raise ExtractError(f"mkdir destDir: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ExtractError(f"mkdir destDir: {failure('mkdir', place, error)}") from error
+    try:
+        count = _fill(unpacked, _Tree(place, staging.path), max_bytes)
+    except BaseException:
+        staging.drop()
+        raise
+    try:
+        staging.swap()
+    except OSError as error:
+        staging.drop()
+        raise ExtractError(f"swap destDir: {failure('rename', place, error)}", count) from error
+    return count
+
+
+def _fill(unpacked: GzipReader, tree: _Tree, max_bytes: int) -> int:
     try:
         count = _entries(TarReader(unpacked.read_full), tree, max_bytes)
         os.close(tree.create([], _MARKER))
         return count
     except OSError as error:
         name = text_of(_MARKER)
-        raise ExtractError(f"create {name}: {failure('open', join(place, name), error)}") from error
+        raise ExtractError(f"create {name}: {failure('open', join(tree.path, name), error)}") from error
     finally:
         tree.close()
 
@@ -145,11 +182,14 @@ class _MkdirError(SternaError):
 
 
 class _Tree:
-    """The new directory; everything is reached from its descriptor without following links, whoever swaps them in."""
+    """The new directory; everything is reached from its descriptor without following links, whoever swaps them in.
 
-    def __init__(self, path: str) -> None:
+    Parameters: `path`, what it is called; `staged`, where it is until it is complete, if not there.
+    """
+
+    def __init__(self, path: str, staged: str = "") -> None:
         self.path = path
-        self._root = os.open(bytes_of(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self._root = os.open(bytes_of(staged or path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def close(self) -> None:
         os.close(self._root)

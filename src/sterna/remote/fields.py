@@ -132,16 +132,33 @@ class TextMap:
         return old
 
 
+class Group:
+    """An object with fields of its own; missing or null is None, a repeated one merges (a pointer to a struct)."""
+
+    def __init__(self, **kinds: Kind) -> None:
+        self._kinds = kinds
+
+    def zero(self) -> object:
+        """Returns what a missing field is."""
+        return None
+
+    def bind(self, value: Value, old: object) -> object:
+        """Returns the new value of the field. Raises `BindError`."""
+        return None if value is None else bind(value, self._kinds, old if isinstance(old, dict) else {})
+
+
 TEXT: Final = Text()
-Kind = Text | Flag | Integer | Texts | TextMap
+Kind = Text | Flag | Integer | Texts | TextMap | Group
 
 
-def bind(params: Value, kinds: Mapping[str, Kind]) -> dict[str, object]:
+def bind(params: Value, kinds: Mapping[str, Kind], old: Mapping[str, object] | None = None) -> dict[str, object]:
     """Returns the value of every field in `kinds`, keyed by its name there (in the spelling of the contract).
 
-    Parameters: `params`, an object or null; unknown members are ignored. Raises `BindError`.
+    Parameters: `params`, an object or null; unknown members are ignored; `old`, what fields held. Raises `BindError`.
     """
     bound = {name: kind.zero() for name, kind in kinds.items()}
+    if old:
+        bound |= old
     if params is None:
         return bound
     if not isinstance(params, Members):

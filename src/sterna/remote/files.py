@@ -45,10 +45,13 @@ class Files:
     """Reads what the daemon's user may read.
 
     Parameters: `home`, what `~` stands for; `regular_only`, whether devices and pipes are refused; `extract_max_bytes`,
-    a bound of what one archive unpacks to, 0 for none.
+    a bound of what one archive unpacks to, 0 for none; `staged`, whether an archive is unpacked beside its place.
     """
 
-    def __init__(self, home: str, *, regular_only: bool = False, extract_max_bytes: int = 0) -> None:
+    def __init__(
+        self, home: str, *, regular_only: bool = False, extract_max_bytes: int = 0, staged: bool = False
+    ) -> None:
+        self._staged = staged
         self._home, self._regular_only, self._extract_max_bytes = home, regular_only, extract_max_bytes
         self.methods: Mapping[str, Callable[[Params], Result]] = {
             "files.list": self._list,
@@ -70,7 +73,10 @@ class Files:
                 raise CallError(FAILED, failure("stat", path, error)) from error
             return {"exists": False, "isDir": False, "size": 0, "mode": ""}
         mode = status.st_mode
-        return {"exists": True, "isDir": stat.S_ISDIR(mode), "size": status.st_size, "mode": mode_text(mode)}
+        result: Result = {
+            "exists": True, "isDir": stat.S_ISDIR(mode), "size": status.st_size, "mode": mode_text(mode)
+        }  # fmt: skip
+        return result | {"mtime": str(status.st_mtime_ns)} if params.flag("wantMtime") else result
 
     def _validate(self, params: Params) -> Result:
         path = self._path(params)
@@ -128,7 +134,7 @@ class Files:
         if not archive or not target:
             raise CallError(BAD_PARAMS, "archivePath and destDir are required")
         count, problem = extract(
-            expand(archive, self._home), expand(target, self._home), self._home, self._extract_max_bytes
+            expand(archive, self._home), expand(target, self._home), self._home, self._extract_max_bytes, self._staged
         )
         result: Result = {"success": not problem, "fileCount": count}
         return result | {"error": problem} if problem else result

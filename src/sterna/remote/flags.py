@@ -30,6 +30,8 @@ BOOLS: Final = {
     "install": "install a CLI version",
     "stop": "stop the daemon", "version": "print the version", "keep-children": "leave processes running at shutdown",
     "listen-pipe": "ignored on this platform", "files-read-regular-only": "files.read refuses devices and pipes",
+    "durable": "processes survive the daemon's end", "strict": "safer than the contract asks for",
+    "extensions": "methods and parameters beyond the contract",
 }  # fmt: skip
 TEXTS: Final = {
     "socket": "path of the daemon's socket", "token-file": "file with the token; it is deleted once read",

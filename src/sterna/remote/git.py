@@ -56,10 +56,14 @@ class Git:
     """Runs git.
 
     Parameters: `environment`, the entries it sees; `home`, what `~` stands for and what is never deleted; `seconds`,
-    after which git is killed, 0 for never; `seconds_text`, the same as the contract's texts print it.
+    after which git is killed, 0 for never; `seconds_text`, the same as the contract's texts print it; `strict`, whether
+    only worktrees that the repository knows of are removed.
     """
 
-    def __init__(self, environment: list[bytes], home: str, seconds: float = 0, seconds_text: str = "") -> None:
+    def __init__(
+        self, environment: list[bytes], home: str, seconds: float = 0, seconds_text: str = "", *, strict: bool = False
+    ) -> None:
+        self._strict = strict
         self._environment = dict(entry.partition(b"=")[::2] for entry in environment if b"=" in entry)
         self._environment.pop(b"", None)
         self._path = search_path(environment)
@@ -191,6 +195,10 @@ class Git:
         if path and holds_home(path, self._home):
             text = f"worktreePath must not be or contain the home directory: {quote(path)}"
             return {"success": False, "error": text}
+        if self._strict:
+            path, problem = self._own_worktree(repo, path)
+            if problem:
+                return {"success": False, "error": problem}
         try:
             self._run(repo, "worktree", "remove", "--force", path, both=True)
         except GitError as error:
@@ -209,6 +217,20 @@ class Git:
         if branch:
             self._succeeds(repo, "branch", "-D", branch)
         return SUCCESS
+
+    def _own_worktree(self, repo: str, path: str) -> tuple[str, str]:
+        """Returns the full path of a worktree, and why it must not be removed unless it may be."""
+        try:
+            listed = self._run(repo, "worktree", "list", "--porcelain", "-z")
+            wanted = os.path.realpath(bytes_of(os.path.join(repo, path)))
+        except (GitError, ValueError) as error:
+            return path, f"git worktree list failed: {error}"
+        for record in listed.split("\0\0")[1:]:  # the first one is the main working tree
+            place, *attributes = record.split("\0")
+            if place.startswith("worktree ") and os.path.realpath(bytes_of(place[9:])) == wanted:
+                locked = any(attribute.partition(" ")[0] == "locked" for attribute in attributes)
+                return text_of(wanted), f"worktree is locked: {quote(path)}" if locked else ""
+        return path, f"worktreePath is not a worktree of the repository: {quote(path)}"
 
 
 def _signal_text(number: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from sterna.limits import REMOTE_DIAL_SECONDS, REMOTE_START_POLL_MS, REMOTE_START_SECONDS
 from sterna.remote.directories import make_directories, remove
-from sterna.remote.environment import DAEMON_MARK, TOKEN_PIPE, own_environment
+from sterna.remote.environment import DAEMON_MARK, LOCK_PIPE, TOKEN_PIPE, own_environment
 from sterna.remote.failure import StartError
 from sterna.remote.token import read_descriptor
 
@@ -32,7 +32,12 @@ def launch(flags: Flags, path: str) -> None:
         make_directories(directory)
     except (OSError, ValueError):
         pass
-    _start(_log_file(directory), token)
+    lock = -1
+    if flags.bools["strict"]:
+        from sterna.remote.strict import lock as take_lock
+
+        lock = take_lock(path)  # held until the daemon has it: of two starts at once one gives up
+    _start(_log_file(directory), token, lock)
     deadline = time.monotonic() + REMOTE_START_SECONDS
     while not _exists(path):
         if time.monotonic() > deadline:
@@ -78,17 +83,21 @@ def _log_file(directory: str) -> int:
         return -1
 
 
-def _start(log: int, token: bytes | None) -> None:
+def _start(log: int, token: bytes | None, lock: int) -> None:
     """Starts this program once more, with the mark that makes it the daemon."""
     entries = dict(entry.partition(b"=")[::2] for entry in own_environment() if not entry.startswith(b"="))
     entries[DAEMON_MARK.encode()] = b"1"
     source, sink = os.pipe() if token is not None else (-1, -1)
     if token is not None:
         entries[TOKEN_PIPE.encode()] = str(TOKEN_FD).encode()
+    if lock >= 0:
+        entries[LOCK_PIPE.encode()] = b"%d" % lock
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork() == 0:
         try:
+            if lock >= 0:
+                os.set_inheritable(lock, True)
             _become(log, source, entries)
         finally:
             os._exit(1)

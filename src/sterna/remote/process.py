@@ -19,10 +19,12 @@ from sterna.remote.child import STDERR, STDOUT
 from sterna.remote.loop import READ, WRITE
 from sterna.remote.replay import EXIT, Replay
 from sterna.remote.spawn import trim_memory
+from sterna.remote.watching import Watcher, show
 
 if TYPE_CHECKING:
     from sterna.remote.child import Child
     from sterna.remote.connection import Connection
+    from sterna.remote.durable import DurableChild
     from sterna.remote.loop import Loop, Timer
     from sterna.remote.metrics import Metrics
 
@@ -43,34 +45,62 @@ class Process:
 
     __slots__ = (
         "_drain", "_ended", "_full_reads", "_loop", "_metrics", "_open", "_paused", "_stdin_blocked", "_stdin_bytes",
-        "_stdin_dead", "_stdin_queue", "_watched_stdin", "applied", "child", "ended_at", "exit_waiters", "id", "replay",
-        "running", "started_at", "subscriber",
+        "_stdin_dead", "_stdin_queue", "_watched_stdin", "applied", "child", "command", "ended_at", "exit_waiters",
+        "id", "replay", "running", "started_at", "stdin_closed", "subscriber", "watchers",
     )  # fmt: skip
 
     def __init__(
-        self, loop: Loop, metrics: Metrics, process_id: str, child: Child, ended: Callable[[Process], None]
+        self,
+        loop: Loop,
+        metrics: Metrics,
+        process_id: str,
+        child: Child,
+        ended: Callable[[Process], None],
+        command: str = "",
     ) -> None:
         self._loop, self._metrics, self.id, self.child, self._ended = loop, metrics, process_id, child, ended
-        self.started_at, self.ended_at = time.time(), 0.0
+        self.started_at, self.ended_at = child.started_at, 0.0
         self.replay = Replay(process_id)
         self.subscriber: Connection | None = None
+        self.watchers: dict[Connection, Watcher] = {}
+        self.command = command
         self.running = True
         self.applied = 0
         self.exit_waiters: list[Callable[[], None]] = []
-        self._open = {STDOUT, STDERR}
+        self._open = {stream for stream in (STDOUT, STDERR) if child.output(stream) >= 0}
         self._paused = False
         self._full_reads = [0, 0]
         self._drain: Timer | None = None
         self._stdin_queue: deque[bytes | memoryview] = deque()
         self._stdin_bytes = 0
         self._stdin_blocked: deque[Callable[[], None]] = deque()
-        self._stdin_dead = self._watched_stdin = False
+        self._stdin_dead = self._watched_stdin = self.stdin_closed = False
 
     def begin(self) -> None:
         """Starts to watch the child."""
         self._loop.watch(self.child.pidfd, READ, self._exited)
-        for stream in (STDOUT, STDERR):
+        for stream in sorted(self._open):
             self._watch_output(stream)
+
+    def take_up(self, child: DurableChild) -> None:
+        """Goes on, instead of `begin`, where another daemon left off with the child."""
+        child.recover(self.replay)
+        self.applied, self.stdin_closed = child.applied, child.stdin_sealed
+        if child.exit_code is not None:
+            self.running, self.ended_at, self._stdin_dead = False, child.ended_at, True
+            for stream in self._open:
+                child.close_output(stream)
+            self._open.clear()
+            child.close_stdin()
+            child.reap()
+            return
+        self.begin()
+        if child.waiting and child.stdin >= 0:
+            self._stdin_bytes = child.waiting
+            self._stdin_queue.append(bytes(child.waiting))  # only its length counts
+            self._write_stdin(0)
+        elif self.stdin_closed:
+            child.close_stdin()
 
     # --------------------------------------------------------------------------------------------------------- output
 
@@ -109,6 +139,8 @@ class Process:
         if self.subscriber is not None:
             _encode_into(chunk, _scratch)
             self.subscriber.write_pieces((self.replay.start(stream, seq), _scratch, b"}\n"))
+        if self.watchers:
+            show(self.watchers, self.replay, stream, seq, chunk)
 
     def _pause(self) -> None:
         """Stops reading until the subscriber has caught up: the child feels it, nobody else does."""
@@ -153,6 +185,7 @@ class Process:
     def subscribe(self, connection: Connection) -> None:
         """Makes `connection` the only subscriber."""
         self.unsubscribe()
+        self.unwatch(connection)
         if not connection.closed:
             self.subscriber = connection
             connection.processes.add(self)
@@ -171,6 +204,23 @@ class Process:
             self.subscriber = None
             self.resume()
 
+    def watch(self, connection: Connection, seq: int) -> None:
+        """Sends frames above `seq` to `connection` too, as far as it keeps up with them."""
+        self.unwatch(connection)
+        if not connection.closed:
+            Watcher(self._loop, self.watchers, self.replay, connection, seq).pump()
+
+    def unwatch(self, connection: Connection) -> None:
+        """Ends the watch of a connection, if it has one."""
+        watcher = self.watchers.get(connection)
+        if watcher is not None:
+            watcher.detach(connection)
+
+    def unwatch_all(self) -> None:
+        """Ends all watches and says so."""
+        for watcher in list(self.watchers.values()):
+            watcher.end()
+
     # ---------------------------------------------------------------------------------------------------------- input
 
     def takes(self, size: int) -> bool:
@@ -183,6 +233,7 @@ class Process:
 
     def feed(self, data: bytes) -> None:
         """Queues input; what comes after the child closed its input is dropped."""
+        self.child.keep(data)
         self.applied += len(data)
         self._metrics.stdin_bytes += len(data)
         if not data or self._stdin_dead:
@@ -210,7 +261,16 @@ class Process:
                 self._loop.watch(self.child.stdin, WRITE, self._write_stdin)
             else:
                 self._loop.forget(self.child.stdin)
+        if self.stdin_closed and not queue:
+            self.child.close_stdin()
         self._unblock_stdin()
+
+    def close_stdin(self) -> None:
+        """Closes the child's input as soon as it has taken everything that is queued."""
+        self.stdin_closed = True
+        self.child.seal_stdin()
+        if not self._stdin_queue:
+            self.child.close_stdin()
 
     def _end_stdin(self) -> None:
         self._stdin_dead = True
@@ -259,10 +319,13 @@ class Process:
             self._drain.cancel()
         self.running = False
         self.ended_at = time.monotonic()
+        self.child.finish()
         code = str(self.child.exit_code).encode()
         seq = self.replay.add(EXIT, code)
         if self.subscriber is not None:
             self.subscriber.write(self.replay.line(EXIT, seq, code))
+        if self.watchers:
+            show(self.watchers, self.replay, EXIT, seq, code)
         self._ended(self)
         waiters, self.exit_waiters = self.exit_waiters, []
         for waiter in waiters:

@@ -26,7 +26,8 @@ from sterna.remote.spawn import trim_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sterna.remote.calls import Call, Result
+    from sterna.remote.calls import Call, Params, Result
+    from sterna.remote.keeper import Keeper
     from sterna.remote.log import Log
     from sterna.remote.loginpath import LoginPath
     from sterna.remote.loop import Loop
@@ -45,6 +46,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Kind]]] = {
 }  # fmt: skip
 
 _SIGNALS: Final = {"KILL": signal.SIGKILL, "INT": signal.SIGINT, "HUP": signal.SIGHUP, "TERM": signal.SIGTERM}
+_TERM: Final = "xterm-256color"  # of a terminal whose client does not say what it is
 _NO_ID: Final = "Process ID is required"
 
 
@@ -77,6 +79,7 @@ class Processes:
         self._environment, self._home = environment, home
         self._path = search_path(environment)
         self._known: dict[str, Process] = {}
+        self._keeper: Keeper | None = None  # with -durable
         self._replaced: set[Process] = set()  # still to be reaped, though their id belongs to another one
         self.methods: Mapping[str, Callable[[Call], None]] = {
             "process.spawn": self._spawn,
@@ -106,7 +109,7 @@ class Processes:
         self._sweep()
         process_id, command = call.params.text("id"), call.params.text("command")
         child = self._child(call, command)
-        process = Process(self._loop, self._metrics, process_id, child, self._ended)
+        process = Process(self._loop, self._metrics, process_id, child, self._ended, command)
         self._replace(process)
         self._metrics.process_spawns += 1
         self._log.info(f"[process.Manager] Process {process_id} started, PID={child.pid}, command={command}")
@@ -118,13 +121,23 @@ class Processes:
     def _child(self, call: Call, command: str) -> Child:
         """Starts the child that a call asks for. Raises `CallError` with the contract's text for each step."""
         cwd = expand(call.params.text("cwd"), self._home)
-        path = command
+        path, extra = command, call.params.map("env")
+        terminal = call.params.group("pty")
+        size = terminal_size(terminal) if terminal is not None else None
+        if terminal is not None:
+            extra = {"TERM": terminal.text("term") or _TERM, **extra}
         try:
             if cwd:
                 check_directory(cwd)
             path = find_command(command, self._path)
-            entries = child_environment(self._environment, self._login_path.value, call.params.map("env"))
+            entries = child_environment(self._environment, self._login_path.value, extra)
             argv = [bytes_of(word) for word in (command, *call.params.texts("args"))]
+            if size is not None:
+                from sterna.remote.ptychild import PtyChild
+
+                return PtyChild.open(bytes_of(path), argv, entries, bytes_of(cwd), size)
+            if self._keeper is not None:
+                return self._keeper.start(bytes_of(path), argv, entries, bytes_of(cwd), call.params.text("id"), command)
             return Child.start(bytes_of(path), argv, entries, bytes_of(cwd))
         except (LookupError, ValueError) as error:
             raise CallError(FAILED, str(error)) from error
@@ -138,6 +151,8 @@ class Processes:
         self._known[process.id] = process
         if old is not None:
             old.unsubscribe()
+            old.unwatch_all()
+            old.child.forget()
             if old.running:
                 self._replaced.add(old)
                 old.child.kill_group()
@@ -153,6 +168,18 @@ class Processes:
         if not call.params.flag("wantPid"):
             return {}
         return {"pid": process.child.pid, "startTime": process.started_at}
+
+    def take_up(self, keeper: Keeper) -> None:
+        """Has processes started by `keeper` from now on, and goes on with those that it has. Raises `StartError`."""
+        self._keeper = keeper
+        children = keeper.open()
+        if children:
+            self._log.info(f"[durable] Took {len(children)} processes up")
+        for child in children:
+            about = child.about
+            process = Process(self._loop, self._metrics, about.id, child, self._ended, about.command)
+            self._replace(process)
+            process.take_up(child)
 
     # ---------------------------------------------------------------------------------------------------------- stdin
 
@@ -207,7 +234,11 @@ class Processes:
             "found": True, "running": process.running, "firstSeq": replay.first, "lastSeq": replay.last,
             "stdinApplied": process.applied,
         }  # fmt: skip
-        call.succeed(result | self._identity(process, call))
+        result |= self._identity(process, call)
+        expected = call.params.number("fromSeq") + 1
+        if call.params.flag("wantGap") and expected < replay.first:
+            result["gap"] = {"from": expected, "to": replay.first - 1}
+        call.succeed(result)
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -221,10 +252,20 @@ class Processes:
         old = [process for process in self._known.values() if not process.running and process.ended_at < limit]
         for process in old:
             process.unsubscribe()
+            process.unwatch_all()
+            process.child.forget()
             del self._known[process.id]
             self._log.info(f"[process.Manager] Pruned exited process {process.id}")
         if old:
             trim_memory()
+
+    def get(self, process_id: str) -> Process | None:
+        """Returns the process that an id belongs to."""
+        return self._known.get(process_id)
+
+    def all(self) -> list[Process]:
+        """Returns the processes that can be addressed, in the order of their start."""
+        return sorted(self._known.values(), key=lambda process: process.started_at)
 
     def alive(self) -> int:
         """Returns how many processes run."""
@@ -235,6 +276,14 @@ class Processes:
         for process in (*self._known.values(), *self._replaced):
             if process.running:
                 process.child.kill_group()
+
+
+def terminal_size(params: Params) -> tuple[int, int]:
+    """Returns columns and rows, 80 and 24 where they are missing. Raises `CallError`."""
+    columns, rows = params.number("cols") or 80, params.number("rows") or 24
+    if not (0 < columns < 65_536 and 0 < rows < 65_536):
+        raise CallError(BAD_PARAMS, "cols and rows must be numbers from 1 to 65535")
+    return columns, rows
 
 
 class _Feeding:
@@ -282,6 +331,8 @@ class _Feeding:
         if skip and skip >= len(data):
             return {"success": True, "applied": process.applied, "duplicate": True}
         data = data[skip:]
+        if process.stdin_closed:
+            raise CallError(BAD_PARAMS, "Process stdin is closed")
         if not process.takes(len(data)):
             return None
         process.feed(data)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EXIT: Final = 2  # after child.STDOUT and child.STDERR
 _NAMES: Final = ("stdout", "stderr", "exit")
+_NEAR_END: Final = 8
 _DATA, _CODE = b',"data":"', b',"exitCode":'
 
 
@@ -69,6 +70,21 @@ class Replay:
         skip = min(max(0, seq + 1 - self.first), len(self._chunks))
         kinds, chunks = list(islice(self._kinds, skip, None)), list(islice(self._chunks, skip, None))
         return map(self.line, kinds, count(self.first + skip), chunks)
+
+    def lines_from(self, seq: int) -> Iterator[tuple[int, bytes]]:
+        """Returns the kinds and lines of the kept frames from `seq` on, made as they are taken, while none is added."""
+        skip = max(0, seq - self.first)
+        if len(self._chunks) - skip < _NEAR_END:  # deques are quick at both ends only
+            for at in range(skip, len(self._chunks)):
+                yield self._kinds[at], self.line(self._kinds[at], self.first + at, self._chunks[at])
+            return
+        frames = zip(count(self.first + skip), islice(self._kinds, skip, None), islice(self._chunks, skip, None))
+        for number, kind, chunk in frames:
+            yield kind, self.line(kind, number, chunk)
+
+    def notice(self, stream: str, members: bytes = b"") -> bytes:
+        """Returns a line about the process that is no frame; `members` are added to it."""
+        return b'%b"%b"%b}\n' % (self._heads[EXIT].removesuffix(b'"exit","seq":'), stream.encode(), members)
 
     def bytes_after(self, seq: int) -> int:
         """Returns a bound of the length of all lines above `seq`, in bytes."""

@@ -25,10 +25,28 @@ _BACKLOG: Final = 4096
 
 
 class Server:
-    """Accepts clients and hands their lines to `handle`."""
+    """Accepts clients and hands their lines to `handle`.
 
-    def __init__(self, loop: Loop, log: Log, metrics: Metrics, handle: Callable[[Connection, bytes], None]) -> None:
+    Parameters: `strict`, whether only clients of the daemon's own user are accepted, and a half-close leaves them their
+    replies.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        metrics: Metrics,
+        handle: Callable[[Connection, bytes], None],
+        *,
+        strict: bool = False,
+    ) -> None:
         self._loop, self._log, self._metrics, self._handle = loop, log, metrics, handle
+        self._may_connect: Callable[[int], bool] | None = None
+        self._connection = Connection
+        if strict:
+            from sterna.remote.strict import LingeringConnection, may_connect, peer_user
+
+            self._connection, self._may_connect, self._peer_user = LingeringConnection, may_connect, peer_user
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connections: set[Connection] = set()
         self._budget = Budget()
@@ -59,10 +77,14 @@ class Server:
                 if error.errno in {EMFILE, ENFILE, ENOBUFS, ENOMEM}:
                     self._rest(error)
                 return
+            if self._may_connect is not None and not self._may_connect(user := self._peer_user(sock)):
+                self._log.warn(f"[Server] Refused a connection of user {user}")
+                sock.close()
+                continue
             sock.setblocking(False)
             self._metrics.connections += 1
             self._log.info("[Server] New connection from: @")
-            self._connections.add(Connection(self._loop, sock, self._handle, self._gone, self._budget))
+            self._connections.add(self._connection(self._loop, sock, self._handle, self._gone, self._budget))
 
     def _rest(self, error: OSError) -> None:
         """Descriptors ran out: new clients wait in the queue until others have gone."""

@@ -12,10 +12,10 @@ _STACK_BYTES = 512 * 1024
 
 
 class Workers:
-    """Runs calls in threads; what they leave to be done afterwards is handed to `post`."""
+    """Runs calls in `most` threads at the most; what they leave to be done afterwards is handed to `post`."""
 
-    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
-        self._post = post
+    def __init__(self, post: Callable[[Callable[[], None]], None], most: int = REMOTE_WORKERS_MAX) -> None:
+        self._post, self._most = post, most
         self._jobs: SimpleQueue[Callable[[], Callable[[], None]]] = SimpleQueue()
         self._started = 0
         self._busy = 0
@@ -23,7 +23,7 @@ class Workers:
     def submit(self, job: Callable[[], Callable[[], None]]) -> None:
         """Runs `job` in a thread, then what it returned in the loop. `job` must not raise."""
         self._busy += 1
-        if self._busy > self._started < REMOTE_WORKERS_MAX:
+        if self._busy > self._started < self._most:
             threading.stack_size(_STACK_BYTES)
             try:
                 threading.Thread(target=self._work, daemon=True).start()

@@ -1,0 +1,68 @@
+"""A child with a terminal instead of pipes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import struct
+import termios
+from typing import TYPE_CHECKING
+
+from sterna.remote.child import STDERR, Child, PipeError
+from sterna.remote.spawn import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class PtyChild(Child):
+    """A child whose session has a controlling terminal; all it prints comes as STDOUT, and there is no STDERR."""
+
+    __slots__ = ()
+
+    @classmethod
+    def open(
+        cls, executable: bytes, argv: Sequence[bytes], env: Sequence[bytes], cwd: bytes, size: tuple[int, int]
+    ) -> PtyChild:
+        """Starts a child with a terminal.
+
+        Parameters: those of `spawn`; `size`, columns and rows. Raises `PipeError` when there is no terminal for it, and
+        `OSError`. Source: pty(7).
+        """
+        opened: list[int] = []
+        try:
+            try:
+                opened += os.openpty()
+                master, slave = opened
+                opened.append(os.dup(master))  # one descriptor cannot be watched for reading and for writing apart
+                _set_size(master, *size)
+                terminal = os.ttyname(slave).encode()
+            except OSError as error:
+                raise PipeError(error.errno, error.strerror) from error
+            pid = spawn(executable, argv, env, cwd, (slave, slave, slave), terminal)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+        except OSError:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        os.close(slave)
+        os.set_blocking(master, False)
+        return cls(pid, pidfd, opened[2], master, -1)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Sets the terminal's size; what runs in its foreground is told by SIGWINCH. Raises `OSError`."""
+        _set_size(self.stdin, columns, rows)
+
+    def read(self, stream: int) -> bytes | None:
+        """Returns what one read of the terminal gives, empty once nobody holds it open any more."""
+        return b"" if stream == STDERR else super().read(stream)
+
+
+def _set_size(descriptor: int, columns: int, rows: int) -> None:
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -1,0 +1,121 @@
+"""`sterna remote …` is `sterna-remote …`, word for word; and what `sterna remote attach` runs on the other machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.remote_rig import TOKEN, Daemon
+
+HERE = [sys.executable, "-m", "sterna.remote"]
+SAME = [sys.executable, "-m", "sterna", "remote"]
+
+
+def run(words: list[str], home: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "SHELL": "/bin/sh", "LC_ALL": "C.UTF-8"}
+    return subprocess.run(words, input=stdin, env=env, cwd=home, capture_output=True, timeout=40, check=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-version"], ["--version"], [], ["-zzz"], ["-socket"], ["-h"], ["--", "-version"],
+        ["-stop", "-socket", "none"], ["-bridge", "--socket=none"], ["-version=0", "x", "-version"],
+        ["-install", "-cli-version", "a/b", "-cli-dir", "d"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_word_is_the_daemons(words: list[str], tmp_path: Path) -> None:
+    mine, same = run([*HERE, *words], tmp_path), run([*SAME, *words], tmp_path)
+    program = str(Path(sys.executable).parent)
+    assert same.returncode == mine.returncode
+    assert same.stdout == mine.stdout
+
+    def without_program(text: bytes) -> list[str]:
+        return [line for line in text.decode().splitlines() if program not in line and not line.startswith("Usage of ")]
+
+    assert without_program(same.stderr) == without_program(mine.stderr)
+
+
+def meet(home: Path, **request: object) -> tuple[dict[str, str], bytes, int]:
+    """What the other side says first, what it relays then, and its exit status."""
+    line = json.dumps({"version": 1, "token": "proposed", **request}).encode() + b"\n"
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "SHELL": "/bin/sh", "SSH_CONNECTION": "1 2 3 4"}
+    with subprocess.Popen([*SAME, "meet"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(line)
+        process.stdin.flush()
+        said = process.stdout.readline().removeprefix(b"STERNA-REMOTE ")
+        answer: dict[str, str] = json.loads(said)
+        relayed = b""
+        if "token" in answer:
+            ping = {"jsonrpc": "2.0", "id": 7, "method": "server.ping", "auth": answer["token"]}
+            process.stdin.write(json.dumps(ping).encode() + b"\n")
+            process.stdin.flush()
+            relayed = process.stdout.readline()
+        process.stdin.close()
+        return answer, relayed, process.wait(10)
+
+
+PONG = b'{"jsonrpc":"2.0","id":7,"result":{"pong":true}}\n'
+
+
+def test_the_first_starts_the_daemon_and_the_next_finds_it(tmp_path: Path) -> None:
+    directory = tmp_path / ".claude/remote"
+    try:
+        assert meet(tmp_path) == ({"token": "proposed"}, PONG, 0)
+        assert meet(tmp_path, token="another") == ({"token": "proposed"}, PONG, 0)
+        assert oct(directory.stat().st_mode & 0o777) == "0o700"
+    finally:
+        run([*HERE, "-stop"], tmp_path)
+
+
+def test_several_at_the_same_time_start_one_daemon(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SHELL": "/bin/sh"}
+    pipes = [
+        subprocess.Popen([*SAME, "meet"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(4)
+    ]
+    try:
+        for number, process in enumerate(pipes):
+            assert process.stdin is not None
+            process.stdin.write(b'{"version":1,"token":"t%d"}\n' % number)
+            process.stdin.flush()
+        said = set()
+        for process in pipes:
+            assert process.stdout is not None
+            said.add(process.stdout.readline())
+        assert len(said) == 1
+    finally:
+        for process in pipes:
+            process.communicate(timeout=10)
+        run([*HERE, "-stop"], tmp_path)
+
+
+def test_a_daemon_that_runs_is_used_and_one_without_its_token_is_not(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        assert meet(tmp_path, socket=daemon.path) == ({"token": TOKEN}, PONG, 0)
+        (tmp_path / "daemon.token").write_text("wrong")
+        answer, _, status = meet(tmp_path, socket=daemon.path)
+        assert "does not take the token beside it: stop it with" in answer["error"]
+        assert status == 1
+
+
+@pytest.mark.parametrize("line", [b"", b"{}\n", b"no json\n", b"x" * 70_000])
+def test_no_request(line: bytes, tmp_path: Path) -> None:
+    done = run([*SAME, "meet"], tmp_path, line)
+    assert done.returncode == 1
+    assert b"request" in done.stdout
+    assert not (tmp_path / ".claude").exists()
+
+
+def test_a_daemon_that_cannot_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer, _, status = meet(tmp_path, socket=f"{tmp_path}/file/rpc.sock")
+    assert answer["error"].startswith("The daemon's directory cannot be used")
+    assert status == 1
