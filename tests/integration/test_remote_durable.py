@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def test_what_ended_while_no_daemon_was_there_has_its_exit_code(tmp_path: Path) 
     with Daemon(tmp_path, "-durable") as daemon, daemon.connect() as client:
         codes = {}
         for process in ("code", "signal", "before"):
-            until(lambda process=process: ended(client, process), "the end is not noticed")  # type: ignore[misc]
+            until(partial(ended, client, process), "the end is not noticed")
             result, frames = client.reply("process.reattach", id=process, fromSeq=0)
             assert result["lastSeq"] == frames[-1]["seq"] == len(frames)
             codes[process] = (output(frames), frames[-1]["exitCode"])
