@@ -9,7 +9,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-ver
 ARGS ?=
 # Workers of the test run, and what pytest is to run.
 JOBS ?= 2
-TESTS ?= tests/unit tests/property tests/simulation tests/integration tests/e2e tests/fuzz
+# The long ones first: the short ones then fill what is left of the workers' time.
+TESTS ?= tests/e2e tests/integration tests/simulation tests/property tests/unit tests/fuzz
 # Seconds for each fuzz target: short within `make test`, longer with `make fuzz`.
 FUZZ_SECONDS ?= 60
 FUZZ_SHORT_SECONDS := 5

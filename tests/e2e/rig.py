@@ -259,8 +259,9 @@ class Rig:
         assert self.node is None or not self.node.running, "the node runs already"
         if "main" not in self.pods or not self.pods["main"].running:
             self.start_pod()
-        # Tests run side by side: who wants the web page names a port of its own.
+        # Tests run side by side: who wants the web page or QUIC names a port of its own.
         page = [] if "--web-port" in options else ["--no-web"]
+        page += [] if "--quic-port" in options else ["--quic-port", "0"]
         words = self.words("up", "--json", "--port", str(self.port), "--state", os.fspath(self.state), *page, *options)
         node = self.node = Daemon(words, self.env, self.directory / "node.log")
         line = wait_for(lambda: node.first_line() or self._check(node), name="the node")

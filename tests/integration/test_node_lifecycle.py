@@ -299,39 +299,6 @@ def refused(site: Site) -> Error:
         return answer
 
 
-# ---- a CONNECT that is heard twice -----------------------------------------------------------------------------------
-
-
-async def test_who_began_a_session_is_told_so_also_when_its_connect_came_twice(directory: Path) -> None:
-    """Its first ACCEPT is late where an agent starts slowly; a second one without `created` would clear its screen."""
-    async with agent(directory, greet), running(directory) as node:
-        site = Site(cast("Rig", SimpleNamespace(state=directory, port=node.address[1])))
-        for accept, data, created in await asyncio.to_thread(connected_twice, site):
-            assert (accept.created, accept.snapshot, accept.output, data) == (created, False, 0, b"greeting")
-
-
-async def greet(session: AgentSession) -> None:
-    """Says something at once, then nothing more."""
-    await session.write(b"greeting")
-    await asyncio.Event().wait()
-
-
-def connected_twice(site: Site) -> list[tuple[Accept, bytes, bool]]:
-    """What a CONNECT is answered, its repetition on another connection, and another one for the same session."""
-    answers = []
-    with site.client() as first, site.client(device=first.device) as again, site.client() as other:
-        body = first.connect_body(want="named", name="twice", output=0)
-        for raw, asked, created in (
-            (first, body, True), (again, body, True),
-            (other, other.connect_body(want="named", name="twice", output=0), False),
-        ):  # fmt: skip
-            raw.send(Type.CONNECT, 1, 0, raw.signed(asked))
-            accept = raw.answer(1)
-            assert isinstance(accept, Accept), accept
-            answers.append((accept, raw.data(len(b"greeting")), created))
-    return answers
-
-
 # ---- what is missing ------------------------------------------------------------------------------------------------
 
 

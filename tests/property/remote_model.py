@@ -48,15 +48,16 @@ def model_string(data: bytes) -> bytes:
 
 
 def shortest(exact: Decimal) -> str:
-    """Returns the fewest digits that read back as this double and, among those, the nearest to it."""
+    """Returns the fewest digits that read back as this double and, among those, the nearest to it, or the even one."""
     for precision in range(1, 18):
         near = []
         for rounding in (ROUND_FLOOR, ROUND_CEILING):
             candidate = Context(prec=precision, rounding=rounding).plus(exact)
             if float(candidate) == float(exact):
-                near.append((abs(candidate - exact), f"{candidate.normalize():e}"))
+                odd = candidate.as_tuple().digits[-1] % 2
+                near.append((abs(candidate - exact), odd, f"{candidate.normalize():e}"))
         if near:
-            return min(near)[1]
+            return min(near)[2]
     raise AssertionError("17 digits are always enough")
 
 

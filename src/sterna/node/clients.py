@@ -406,20 +406,8 @@ class ClientConnection:
         if old is not None:
             session.drop(old, Code.DISPLACED, "This attachment was connected again.", now)
         node, quic = self.node.identity.node_id, self.node.quic_port
-        created = created or self._began(session, attachment.device, body.request)
         session.attach(attachment, now, output=body.output, node=node, created=created, quic=quic)
         self._settled(session)
-
-    def _began(self, session: Session, device: DeviceId, request: bytes) -> bool:
-        """Tells whether a session was begun by an earlier CONNECT of this request, and all of its output is here.
-
-        Whoever repeats its CONNECT because the ACCEPT is late has shown nothing yet, and nothing is to be cleared.
-        """
-        store = self.node.store
-        known, row = store.find_request(device, request, SYSTEM_CLOCK.wall()), store.session(session.id)
-        if known is None or row is None or session.log.tail:
-            return False
-        return known.session == row.number and row.owner == device and row.created >= known.at
 
     def _find(self, visitor: Visitor, body: ConnectBody) -> tuple[SessionRow | None, bool]:
         """Returns the session that a CONNECT means, made if it asks for that."""
