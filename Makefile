@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
 # Arguments of `make run` and `make bench`.
 ARGS ?=
-# Workers of the test run, and what pytest is to run.
-JOBS ?= 2
+# Workers of the test run (tests wait more than they work), and what pytest is to run.
+JOBS ?= 3
 # The long ones first: the short ones then fill what is left of the workers' time.
 TESTS ?= tests/e2e tests/integration tests/simulation tests/property tests/unit tests/fuzz
 # Seconds for each fuzz target: short within `make test`, longer with `make fuzz`.

@@ -128,7 +128,7 @@ def main() -> None:
 
     name, state, sockets, port = sys.argv[1:5]
     BREAKS[name]()
-    config = NodeConfig(port=int(port), state=os.path.join(state, "node"), sockets=sockets)
+    config = NodeConfig(port=int(port), quic_port=0, state=os.path.join(state, "node"), sockets=sockets)
     os.makedirs(config.state, 0o700, exist_ok=True)
     run(serve_node(config, lambda about: print(f"listening on {about.port}", flush=True)))
 

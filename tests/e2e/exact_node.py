@@ -161,7 +161,7 @@ def main() -> None:
     if point := environ.get("EXACT_DIE"):
         name, _, count = point.partition(":")
         die_at(name, int(count))
-    config = NodeConfig(port=int(port), state=os.path.join(state, "node"), sockets=sockets)
+    config = NodeConfig(port=int(port), quic_port=0, state=os.path.join(state, "node"), sockets=sockets)
     os.makedirs(config.state, 0o700, exist_ok=True)
     run(serve_node(config, lambda about: print(f"listening on {about.port}", flush=True)))
 

@@ -145,21 +145,17 @@ async def test_input_and_output_are_exact_through_cuts(daemon: Daemon) -> None:
                 await process.write(piece)
             await process.drain()
 
-        async def cut() -> None:
-            while process.live:
-                await asyncio.sleep(rng.uniform(0.0, 0.03))
-                if client.connected:
-                    way.cut()
-
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(feed())
-            cutting = tasks.create_task(cut())
+            cut = 0
             async for event in process:
                 assert not isinstance(event, Gap)
                 if isinstance(event, Output):
                     digest.update(event.data)
                     size += len(event.data)
-            await cutting
+                    if size >= cut and client.connected:
+                        way.cut()
+                        cut = size + rng.randrange(1_000_000)
         assert (size, process.exit_code) == (len(data), 0)
         assert digest.digest() == hashlib.sha256(data).digest()
         print(f"{len(way.links)} connections, {process.duplicates} duplicates")
