@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from sterna.limits import REMOTE_FRAME_BYTES, REMOTE_PIPE_BYTES
-from sterna.remote.spawn import spawn
+from sterna.remote.spawn import spawn_followed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,13 +45,7 @@ class Child:
             except OSError as error:
                 raise PipeError(error.errno, error.strerror) from error
             stdin, feed, stdout, out, stderr, err = opened
-            pid = spawn(executable, argv, env, cwd, (stdin, out, err))
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
+            pid, pidfd = spawn_followed(executable, argv, env, cwd, (stdin, out, err))
         except OSError:
             for descriptor in opened:
                 os.close(descriptor)

@@ -23,7 +23,7 @@ from sterna.limits import (
 )
 from sterna.remote import holding
 from sterna.remote.holding import DESCRIPTORS, PIDFD, PIPES, STDERR, STDIN, STDOUT, HoldingError
-from sterna.remote.spawn import descriptor_limit, raise_descriptor_limit, spawn
+from sterna.remote.spawn import descriptor_limit, raise_descriptor_limit, spawn_followed
 
 _POLL_SECONDS: Final = 1.0
 _RECORDS: Final = ("stdout", "stderr", "index", "stdin")
@@ -215,13 +215,7 @@ class Holder:
             except OSError as error:
                 raise _PipeError(error.errno, error.strerror) from error
             stdin, feed, stdout, out, stderr, err, *records = opened
-            pid = spawn(executable, argv, env, cwd, (stdin, out, err))
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
+            pid, pidfd = spawn_followed(executable, argv, env, cwd, (stdin, out, err))
         except OSError:
             for descriptor in opened:
                 os.close(descriptor)

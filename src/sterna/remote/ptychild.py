@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import struct
 import termios
 from typing import TYPE_CHECKING
 
 from sterna.remote.child import STDERR, Child, PipeError
-from sterna.remote.spawn import spawn
+from sterna.remote.spawn import spawn_followed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,13 +39,7 @@ class PtyChild(Child):
                 terminal = os.ttyname(slave).encode()
             except OSError as error:
                 raise PipeError(error.errno, error.strerror) from error
-            pid = spawn(executable, argv, env, cwd, (slave, slave, slave), terminal)
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
+            pid, pidfd = spawn_followed(executable, argv, env, cwd, (slave, slave, slave), terminal)
         except OSError:
             for descriptor in opened:
                 os.close(descriptor)

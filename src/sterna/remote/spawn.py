@@ -104,6 +104,27 @@ def spawn(
     return pid.value
 
 
+def spawn_followed(
+    executable: bytes,
+    argv: Sequence[bytes],
+    env: Sequence[bytes],
+    cwd: bytes,
+    streams: tuple[int, int, int],
+    terminal: bytes = b"",
+) -> tuple[int, int]:
+    """Returns the process id of a new child and a descriptor of it; without one (`OSError`) there is no child either.
+
+    Parameters and errors: see `spawn`. Source: pidfd_open(2).
+    """
+    pid = spawn(executable, argv, env, cwd, streams, terminal)
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
 def _strings(words: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * (len(words) + 1))(*words, None)
 
