@@ -11,7 +11,8 @@ import pytest
 from sterna import limits
 from sterna.errors import Code
 from sterna.ids import NodeId
-from sterna.node.doorkeeper import Doorkeeper, place
+from sterna.node.doorkeeper import Doorkeeper
+from sterna.transport.places import place
 from sterna.units import SECOND
 
 NOW = 5 * SECOND

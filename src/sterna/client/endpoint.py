@@ -67,9 +67,9 @@ class Endpoint:
 class Ways:
     """Whether the next connection to a node goes over QUIC or TCP (docs/protocol.md, section 1).
 
-    A session stays with TCP, where a key costs less, until it is known that its client moves: then it goes over to
-    QUIC, and so do later ones. Where TCP does not get through, QUIC is tried beside it. QUIC is only imported for one
-    of these, because that takes longer than a connection.
+    A session stays with TCP, where a key costs less, until its client has moved: then it goes over to QUIC. Where TCP
+    does not get through, QUIC is tried beside it. QUIC is only imported for one of these, because that takes longer
+    than a connection.
 
     `targets` are the node's UDP addresses, none where QUIC is off or its port not known yet; without a `port` it is
     learnt from the node, as long as `addresses` says where that is. `ca` is the node's own certificate. What was found
@@ -123,7 +123,7 @@ class Ways:
     @property
     def wanted(self) -> bool:
         """Whether a session that runs over TCP is to go over to QUIC: it moved, or the user named the port."""
-        return bool(self.targets) and (self.moves or self.works is True)
+        return bool(self.targets) and self.moves
 
     @property
     def loading(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from sterna.node.logs import Brake
 from sterna.node.store import REVOKED_TEXT, AttachmentRow, Store
 from sterna.protocol import messages
 from sterna.protocol.messages import ConnectBody, ResumeBody, Signed
+from sterna.transport.places import place
 from sterna.trust import device as device_keys
 from sterna.trust.tickets import ticket_hash
 from sterna.trust.tokens import LOCAL_GRANT, Access
@@ -32,16 +32,6 @@ _LINES_PER_SECOND = 1
 # A key that no device has; a proof for an unknown attachment is checked against it so that the answer takes as long.
 # It must be a point of the curve: checking against any other bytes takes a tenth of the time.
 _NOBODY = device_keys.nobody()
-
-
-def place(address: str) -> str:
-    """Returns what an address is counted as: of IPv6 the /64, as whoever has one address there has all (RFC 4291)."""
-    try:
-        found = ipaddress.IPv6Address(address)
-    except ValueError:
-        return address
-    mapped = found.ipv4_mapped
-    return str(mapped) if mapped is not None else found.packed[:8].hex(":", 2) + "::/64"
 
 
 class Visitor:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sterna import limits
 from sterna.errors import StorageError, UsageError
+from sterna.transport.places import Places, place
 from sterna.transport.pump import Reactor
 from sterna.transport.tls import TlsSocket
 
@@ -160,10 +161,10 @@ class Listener:
         self._per_address = per_address
         self._unproved_max = unproved_max
         self._seconds = seconds
-        self._silent: OrderedDict[int, tuple[socket.socket, str, float]] = OrderedDict()
+        self._silent: OrderedDict[int, tuple[socket.socket, str, str, float]] = OrderedDict()
         self._queue: deque[tuple[socket.socket, str]] = deque()
         self._beginning = False
-        self._count: dict[str, int] = {}
+        self._places = Places()
         self._sweep: asyncio.TimerHandle | None = None
         self.evicted = 0
         reactor.loop.add_reader(sock.fileno(), self._ready)
@@ -216,25 +217,22 @@ class Listener:
 
     def _hold(self, sock: socket.socket, peer: str) -> None:
         """Waits for the first bytes of a connection."""
-        if self._count.get(peer, 0) >= self._per_address:
-            self._evict(next(fd for fd, held in self._silent.items() if held[1] == peer))
+        where = place(peer)
+        if self._places.at(where) >= self._per_address:
+            self._evict(next(fd for fd, held in self._silent.items() if held[2] == where))
         elif len(self._silent) >= self._unproved_max:
             self._evict(next(iter(self._silent)))
         loop, fd = self._reactor.loop, sock.fileno()
-        self._silent[fd] = (sock, peer, loop.time() + self._seconds)
-        self._count[peer] = self._count.get(peer, 0) + 1
+        self._silent[fd] = (sock, peer, where, loop.time() + self._seconds)
+        self._places.add(where)
         loop.add_reader(fd, self._spoke, fd)
         if self._sweep is None:
             self._sweep = loop.call_later(self._seconds, self._expire)
 
     def _release(self, fd: int) -> tuple[socket.socket, str]:
-        sock, peer, _ = self._silent.pop(fd)
+        sock, peer, where, _ = self._silent.pop(fd)
         self._reactor.loop.remove_reader(fd)
-        left = self._count[peer] - 1
-        if left:
-            self._count[peer] = left
-        else:
-            del self._count[peer]
+        self._places.remove(where)
         return sock, peer
 
     def _evict(self, fd: int) -> None:
@@ -247,7 +245,7 @@ class Listener:
         self._sweep = None
         now = loop.time()
         while self._silent:
-            fd, (_, _, due) = next(iter(self._silent.items()))
+            fd, (_, _, _, due) = next(iter(self._silent.items()))
             if due > now:
                 self._sweep = loop.call_later(due - now + 0.01, self._expire)
                 return

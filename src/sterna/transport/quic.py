@@ -30,6 +30,7 @@ from qh3.quic.packet import QuicPacketType, encode_quic_retry, encode_quic_versi
 from sterna import limits
 from sterna.errors import ConfigError
 from sterna.protocol.link import Link
+from sterna.transport.places import Places, place
 from sterna.transport.pump import _NOBODY, Conduit, Owner, Reactor, _ignore
 from sterna.transport.quic_connection import PatientConnection
 from sterna.transport.udp import Address, runs, send_run
@@ -210,7 +211,8 @@ class QuicPeer:
 
     __slots__ = (
         "_adopt", "_candidate", "_first", "_highest", "_initial", "_listener", "_missed", "_pings", "_quic",
-        "_skipped", "_streams", "_timer", "_timer_at", "address", "cids", "dead", "host", "ready", "reactor", "since",
+        "_skipped", "_streams", "_timer", "_timer_at", "address", "cids", "dead", "host", "place", "ready",
+        "reactor", "since",
     )  # fmt: skip
 
     def __init__(
@@ -225,6 +227,7 @@ class QuicPeer:
         self.reactor: Reactor = listener.reactor
         self.address = self._first = address
         self.host: str = address[0]
+        self.place = place(self.host)
         self._candidate: _Candidate | None = None
         self._missed = -_MISSED_SECONDS
         self._pings = 0
@@ -520,7 +523,7 @@ class QuicListener:
         self._cids: dict[bytes, QuicPeer] = {}
         self._peers: set[QuicPeer] = set()
         self._unproved: OrderedDict[QuicPeer, None] = OrderedDict()
-        self._count: dict[str, int] = {}
+        self._places = Places()
         self._shaking: set[QuicPeer] = set()
         self._begun = 0
         self._waiting: deque[tuple[bytes, Address]] = deque()
@@ -613,7 +616,7 @@ class QuicListener:
             self.retry(version, target, source, address)
             return None
         self._begun += 1
-        self._make_room(address[0])
+        self._make_room(place(address[0]))
         try:
             quic = PatientConnection(
                 configuration=self.configuration, original_destination_connection_id=original,
@@ -633,17 +636,17 @@ class QuicListener:
 
     def _hold(self, peer: QuicPeer) -> None:
         self._unproved[peer] = None
-        self._count[peer.host] = self._count.get(peer.host, 0) + 1
+        self._places.add(peer.place)
 
     def idle(self, peer: QuicPeer) -> None:
         """Notes that a connection has no stream any more: it counts again as one that has proved nothing."""
         if peer not in self._unproved:
-            self._make_room(peer.host)
+            self._make_room(peer.place)
             self._hold(peer)
 
-    def _make_room(self, host: str) -> None:
-        if self._count.get(host, 0) >= self._per_address:
-            self._evict(next(peer for peer in self._unproved if peer.host == host))
+    def _make_room(self, where: str) -> None:
+        if self._places.at(where) >= self._per_address:
+            self._evict(next(peer for peer in self._unproved if peer.place == where))
         elif len(self._unproved) >= self._unproved_max:
             self._evict(next(iter(self._unproved)))
 
@@ -696,14 +699,7 @@ class QuicListener:
         """Notes that a connection has a stream: the owner looks after it now."""
         if peer in self._unproved:
             del self._unproved[peer]
-            self._uncount(peer.host)
-
-    def _uncount(self, host: str) -> None:
-        left = self._count[host] - 1
-        if left:
-            self._count[host] = left
-        else:
-            del self._count[host]
+            self._places.remove(peer.place)
 
     def gone(self, peer: QuicPeer) -> None:
         """Forgets a connection."""

@@ -19,6 +19,7 @@ from aiohttp import web
 from sterna import __version__, limits
 from sterna.clock import SYSTEM_CLOCK
 from sterna.node.logs import Brake
+from sterna.transport.places import Places, place
 from sterna.transport.tls import TlsSocket
 from sterna.transport.websocket import SUBPROTOCOL, accept_key
 from sterna.web.http import HEADERS, HttpConnection, Server, plain
@@ -76,8 +77,8 @@ class Site:
         self._loop = asyncio.get_running_loop()
         self._server = Server(self._answer)
         self._pages = load()
-        self._open: dict[HttpConnection, None] = {}
-        self._count: dict[str, int] = {}
+        self._open: dict[HttpConnection, str] = {}  # and where it is, as counted
+        self._places = Places()
         self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         self._lines = Brake(_LINES_BURST, _LINES_PER_SECOND)
         self.evicted = 0
@@ -90,14 +91,15 @@ class Site:
 
     def _accepted(self, sock: TlsSocket, peer: str) -> None:
         """Takes one that began its TLS handshake; one too many makes the one go that did nothing for longest."""
-        if self._count.get(peer, 0) >= PER_ADDRESS_MAX:
-            self._evict(next(each for each in self._open if each.peer == peer))
+        where = place(peer)
+        if self._places.at(where) >= PER_ADDRESS_MAX:
+            self._evict(next(each for each, its in self._open.items() if its == where))
         elif len(self._open) >= CONNECTIONS_MAX:
             self._evict(next(iter(self._open)))
         connection = HttpConnection(self._node.reactor, self._server, sock, peer, self._gone)
         connection.due = self._loop.time() + limits.HANDSHAKE_SECONDS
-        self._open[connection] = None
-        self._count[peer] = self._count.get(peer, 0) + 1
+        self._open[connection] = where
+        self._places.add(where)
         connection.start()
 
     def _evict(self, connection: HttpConnection) -> None:
@@ -106,12 +108,7 @@ class Site:
 
     def _gone(self, connection: HttpConnection) -> None:
         if connection in self._open:
-            del self._open[connection]
-            left = self._count[connection.peer] - 1
-            if left:
-                self._count[connection.peer] = left
-            else:
-                del self._count[connection.peer]
+            self._places.remove(self._open.pop(connection))
 
     def _sweep(self) -> None:
         """Ends those whose first request, or whose taking of an answer, lasts too long; logs what was left out."""
@@ -141,8 +138,7 @@ class Site:
             connection.abort()
         connection.due = self._loop.time() + ANSWER_SECONDS
         if connection in self._open:
-            del self._open[connection]
-            self._open[connection] = None
+            self._open[connection] = self._open.pop(connection)
         answer = self._refusal(request, connection)
         if answer is None:
             answer = self._found(request, connection)
