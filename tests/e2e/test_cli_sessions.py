@@ -395,7 +395,7 @@ def test_control_no_durations(rig: Rig, text: str) -> None:
 
 
 def test_help_is_cheap() -> None:
-    code = "import sys, time\nfrom sterna.cli.main import cli\ntry: cli(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, time\nfrom sterna.cli.commands import cli\ntry: cli(['--help'])\nexcept SystemExit: pass\n"
     code += "print(time.process_time(), 'asyncio' in sys.modules, 'rich' in sys.modules, file=sys.stderr)"
     times = []
     for _ in range(5):

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sterna.cli import main
+from sterna.cli import commands, main
 from sterna.client.attach import Attach, AttachOptions
 from sterna.client.calls import Caller
 from sterna.client.endpoint import Endpoint
@@ -73,7 +73,7 @@ def test_errors_keep_only_their_newlines(monkeypatch: pytest.MonkeyPatch, capsys
     def fail(**_: object) -> None:
         raise RefusedError(Code.DENIED, HOSTILE)
 
-    monkeypatch.setattr(main.cli, "main", fail)
+    monkeypatch.setattr(commands.cli, "main", fail)
     monkeypatch.delenv("STERNA_DEBUG", raising=False)
     with pytest.raises(SystemExit):
         main.main()

@@ -61,10 +61,20 @@ def test_importing_the_package_imports_nothing_else_of_it() -> None:
     assert ours == set()
 
 
-@pytest.mark.parametrize("module", ["sterna.client.calls", "sterna.client.blocking", "sterna.cli.main"])
+@pytest.mark.parametrize("module", ["sterna.client.calls", "sterna.client.blocking", "sterna.cli.commands"])
 def test_scripts_pay_for_no_event_loop(module: str) -> None:
     heavy = {"asyncio", "dataclasses", "rich", "segno", "uvloop", "sqlite3", "cryptography.x509"}
     assert imported_by(f"import {module}") & heavy == set()
+
+
+def test_a_plain_attach_starts_without_the_library_of_command_lines() -> None:
+    # No node is there: it comes as far as finding that out.
+    code = "import sys\nsys.argv = ['sterna', 'attach', '--host', '192.0.2.1', '--state', '/nonexistent', %s]\n"
+    code += "from sterna.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    plain = imported_by(code % "'--name', 'x'")
+    assert "sterna.client.endpoint" in plain
+    assert not {"click", "inspect", "typing_extensions"} & plain
+    assert "click" in imported_by(code % "'--help'")
 
 
 def test_control_connect_does_need_the_event_loop() -> None:

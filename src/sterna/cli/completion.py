@@ -30,7 +30,7 @@ def completion(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from sterna.cli.main import cli
+    from sterna.cli.commands import cli
 
     found = get_completion_class(shell)
     assert found is not None

@@ -44,15 +44,13 @@ def read_secret(what: str, limit: int) -> str:
 
     Not a byte beyond the line's end is taken: it may be what a command reads next.
     """
-    import click
-
     if sys.stdin.isatty():
         from getpass import getpass
 
         try:
             text = getpass(f"{what}: ")
         except EOFError:
-            raise click.Abort from None
+            raise KeyboardInterrupt from None
         if len(text) > limit:
             raise UsageError(f"The {what.lower()} is longer than {limit} characters.")
         return text.strip()
@@ -153,8 +151,6 @@ def _default_agent(agents: list[dict[str, Any]]) -> str:
 
 def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
     """Lets the user pick a session from a numbered list; the first is the one that changed last."""
-    import click
-
     from sterna.cli.output import ending, when
     from sterna.ids import clean_label
 
@@ -170,10 +166,10 @@ def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:
         # A terminal gives one line per read; what is typed ahead after it belongs to the session.
         data = os.read(sys.stdin.fileno(), _ANSWER_BYTES)
         if not data:
-            raise click.Abort
+            raise KeyboardInterrupt
         answer = data.decode(errors="replace").strip() or "1"
         if answer == "q":
-            raise click.Abort
+            raise KeyboardInterrupt
         if answer == "n":
             return Wish("new", agent=_default_agent(agents))
         # A session may be called "2", and is not the second one for that.

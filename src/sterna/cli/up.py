@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sterna.cli.options import in_state, spoken
+from sterna.cli.spoken import in_state, spoken
 from sterna.errors import AgentError, SternaError, UsageError
 
 if TYPE_CHECKING:
