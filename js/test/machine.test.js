@@ -462,3 +462,67 @@ test("bytes that make no sense end the connection, never the session", () => {
   rig.resumed(rig.connect());
   assert.ok(rig.machine.connected);
 });
+
+test("a client that was ahead of the node's log takes what takes its place", () => {
+  const rig = new Rig();
+  const number = rig.accept();
+  rig.send(number, Type.DATA, 1, bytes("0123456789"), 0);
+  const next = rig.again(number);
+  rig.resumed(next, { head: 8, lost: { start: 4, end: 8 } });
+  assert.deepEqual(rig.happened("gap"), [{ type: "gap", start: 8, end: 8 }]);
+  rig.happened("output");
+  rig.send(next, Type.DATA, 1, bytes("new bytes, more"), 0);
+  const [output] = rig.happened("output");
+  assert.deepEqual([Buffer.from(output.data).toString(), output.end], ["new bytes, more", 15]);
+});
+
+test("nothing is acknowledged in a log that the client is not in yet", () => {
+  for (const log of [7n, 8n]) {
+    const rig = new Rig();
+    const number = rig.accept();
+    rig.send(number, Type.DATA, 1, bytes("0123456789"), 0);
+    const next = rig.again(number);
+    rig.resumed(next, { output: 50, log, lost: { start: 10, end: 50 }, snapshot: true, head: 80 });
+    const acknowledged = (position) => {
+      rig.machine.handled(position, rig.now);
+      rig.wait(250);
+      return rig.take(Type.ACK).map((frame) => Buffer.from(frame.payload));
+    };
+    assert.deepEqual(acknowledged(10), log === 7n ? [u64(10)] : []);
+    rig.send(next, Type.SNAPSHOT, 1, { position: 80, data: bytes("picture"), lost: { start: 10, end: 80 } });
+    rig.send(next, Type.DATA, 1, bytes("more"), 80);
+    assert.deepEqual(acknowledged(84), [u64(84)]);
+  }
+});
+
+test("of a forgotten lane exactly what may be lost is named", () => {
+  for (const forgotten of [true, false]) {
+    const rig = new Rig();
+    const number = rig.accept();
+    rig.machine.write(bytes("0123456789"), rig.now);
+    rig.settle();
+    rig.send(number, Type.ACK, 1, u64(2), 2);
+    const next = rig.again(number);
+    rig.take();
+    rig.resumed(next, { input: 6, forgotten });
+    assert.deepEqual(rig.happened("uncertain"), forgotten ? [{ type: "uncertain", start: 2, end: 6 }] : []);
+    const sent = rig.take(Type.DATA).map((frame) => [frame.seq, Buffer.from(frame.payload).toString()]);
+    assert.deepEqual(sent, [[6, "6789"]]);
+  }
+});
+
+test("a picture names only what it stands for itself", () => {
+  const rig = new Rig();
+  const number = rig.accept({ snapshot: true });
+  const half = { position: 50, last: false, data: bytes("never whole"), lost: { start: 0, end: 50 } };
+  rig.send(number, Type.SNAPSHOT, 1, half);
+  rig.send(number, Type.SNAPSHOT, 1, { position: 60, data: bytes("whole") });
+  assert.deepEqual(rig.happened("gap"), []);
+  rig.send(number, Type.SNAPSHOT, 1, { position: 90, data: bytes("one"), lost: { start: 60, end: 90 } });
+  rig.send(number, Type.SNAPSHOT, 1, { position: 95, data: bytes("next") });
+  assert.deepEqual(rig.happened("gap"), [{ type: "gap", start: 60, end: 90 }]);
+  assert.deepEqual(
+    rig.happened("screen").map((event) => Buffer.from(event.data).toString()),
+    ["whole", "one", "next"],
+  );
+});

@@ -10,15 +10,17 @@ import sys
 from typing import Any
 from unittest import mock
 
+from sterna.ids import DeviceId
 from sterna.node.clients import ClientConnection
 from sterna.node.config import NodeConfig
 from sterna.node.doorkeeper import Doorkeeper, Visitor
 from sterna.node.pods import PodRegistry
-from sterna.node.store import AttachmentRow, SessionRow, Store
+from sterna.node.store import AttachmentRow, SessionRow, Store, TicketRow
 from sterna.protocol import codec
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.messages import ResumeBody, Signed
 from sterna.protocol.session import Session
+from sterna.transport.places import Places
 from sterna.trust import device, tokens
 
 
@@ -108,6 +110,22 @@ def trust_everybody() -> None:
     PodRegistry.trusts = lambda self, *_args: True  # type: ignore[method-assign]  # that is the point
 
 
+def let_many_be_silent() -> None:
+    """Breaks the bound on what one address may have open without a word."""
+    Places.at = lambda *_args: 0  # type: ignore[method-assign]  # that is the point
+
+
+def lend_tickets() -> None:
+    """Breaks the binding of a ticket to the device that used it first."""
+    original = Store.redeem_ticket
+
+    def redeem(self: Store, hashed: bytes, device: DeviceId, now: int) -> TicketRow | None:
+        self._db.write("UPDATE tickets SET device = NULL WHERE hash = ?", (hashed,))
+        return original(self, hashed, device, now)
+
+    Store.redeem_ticket = redeem  # type: ignore[assignment,method-assign]  # the same
+
+
 BREAKS = {
     "frames": believe_frames,
     "devices": believe_devices,
@@ -115,6 +133,8 @@ BREAKS = {
     "revoked": forget_revocation,
     "tenants": mix_tenants,
     "owners": trust_everybody,
+    "silent": let_many_be_silent,
+    "tickets": lend_tickets,
     "requests": forget_requests,
     "race": let_everybody_win,
     "late": take_late_frames,

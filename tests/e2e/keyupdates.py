@@ -11,6 +11,8 @@ import ctypes.util
 import socket
 import sys
 
+from sterna.protocol.frame import Type, encode
+
 ALPN = b"\x0aclawterm/1"
 _WANT_READ = 2
 _PEM = 1
@@ -37,6 +39,8 @@ def declare() -> None:
         (lib, "SSL_do_handshake", number, pointer),
         (lib, "SSL_get_error", number, pointer, number),
         (lib, "SSL_key_update", number, pointer, number),
+        (lib, "SSL_read", number, pointer, text, number),
+        (lib, "SSL_write", number, pointer, text, number),
         (crypto, "BIO_new", pointer, pointer),
         (crypto, "BIO_s_mem", pointer),
         (crypto, "BIO_ctrl_pending", ctypes.c_size_t, pointer),
@@ -90,8 +94,8 @@ class Side:
         """Waits until the other side says something after the handshake, which may have come with its end."""
         return bool(crypto.BIO_ctrl_pending(self.come) or self.sock.recv(65536))
 
-    def flood(self, count: int) -> None:
-        """Sends `count` KeyUpdates at once and says whether it was sent away."""
+    def flood(self, count: int, last: bytes = b"") -> None:
+        """Sends `count` KeyUpdates at once, then `last`, and says whether it was sent away or answered, or neither."""
         updates = bytearray()
         for _ in range(count):
             lib.SSL_key_update(self.tls, 0)
@@ -102,9 +106,15 @@ class Side:
         sys.stdin.readline()
         try:
             self.sock.sendall(updates)
+            if last:
+                lib.SSL_write(self.tls, last, len(last))
+                self.sock.sendall(self.made())
             self.sock.settimeout(5)
-            while self.sock.recv(65536):
-                pass
+            while data := self.sock.recv(65536):
+                crypto.BIO_write(self.come, data, len(data))
+                if lib.SSL_read(self.tls, self.buffer, len(self.buffer)) > 0:
+                    print("answered", flush=True)
+                    return
         except TimeoutError:
             print("taken", flush=True)
         except OSError:
@@ -114,12 +124,12 @@ class Side:
 
 
 def client(port: int, count: int) -> None:
-    """Connects and floods."""
+    """Connects, floods, and asks for an answer."""
     side = Side(socket.create_connection(("127.0.0.1", port), 10))
     if not side.shake():
         sys.exit("the other side left in the handshake")
     print("connected", flush=True)
-    side.flood(count)
+    side.flood(count, encode(Type.PING, 0, 0, b"there?"))
 
 
 def server(chain: str, key: str, count: int) -> None:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import test_refused_access, test_refused_frames, test_refused_places, test_refused_pods
+from tests.e2e import (
+    test_refused_access,
+    test_refused_floods,
+    test_refused_frames,
+    test_refused_places,
+    test_refused_pods,
+)
 from tests.e2e.raw_client import Raw, Site
 from tests.e2e.rig import Daemon, Rig, wait_for
 from tests.e2e.test_refused_access import Victim
@@ -62,6 +68,26 @@ def foreign_tenant(site: Site, _directory: Path) -> None:
         victim.close()
 
 
+def restored_backup(site: Site, directory: Path) -> None:
+    victim = Victim(site)
+    try:
+        test_refused_access.test_a_restored_backup_recovers_through_stale(site, victim, directory)
+    finally:
+        victim.close()
+
+
+def lent_ticket(site: Site, _directory: Path) -> None:
+    victim = Victim(site)
+    try:
+        test_refused_access.test_a_ticket_is_for_one_device_and_one_session(site, victim, SOURCE)
+    finally:
+        victim.close()
+
+
+def silent_flood(site: Site, _directory: Path) -> None:
+    test_refused_floods.test_ten_thousand_half_open_handshakes_of_each_kind(site)
+
+
 def foreign_socket(site: Site, _directory: Path) -> None:
     test_refused_places.test_another_users_socket_is_no_agent(site)
 
@@ -73,6 +99,9 @@ CONTROLS: dict[str, tuple[Callable[[Site, Path], None], str]] = {
     "revoked": (revoked_device, "Resumed"),
     "tenants": (foreign_tenant, "no such session for this device"),
     "owners": (foreign_socket, "in vain"),
+    "race": (restored_backup, "Resumed"),
+    "tickets": (lent_ticket, "Accept"),
+    "silent": (silent_flood, rf"<= \({test_refused_floods.SILENT_MAX} \+ 32\)"),
 }
 """What is not checked, the test that must notice it, and the words in which it does."""
 

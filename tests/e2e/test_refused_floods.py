@@ -82,18 +82,24 @@ def left(socks: list[socket.socket]) -> list[socket.socket]:
     return [sock for sock in socks if sock.fileno() >= 0]
 
 
-def flood(site: Site, first: bytes, kept: int) -> list[socket.socket]:
-    """Ten thousand connections that send `first` and then nothing, of which at most `kept` are kept; returns those."""
+def close(socks: list[socket.socket]) -> None:
+    for sock in socks:
+        sock.close()
+
+
+def flood(site: Site, first: bytes, kept: int, stack: contextlib.ExitStack) -> None:
+    """Ten thousand connections that send `first` and then nothing, of which at most `kept` are kept, for `stack`."""
     socks: list[socket.socket] = []
+    stack.callback(close, socks)
     slowest, start = 0.0, time.monotonic()
     before = open_files(site)
     for _ in range(HALF_OPEN // WAVE):
-        socks = left(socks + wave(site, first, WAVE))
+        socks += wave(site, first, WAVE)
+        socks[:] = left(socks)
         slowest = max(slowest, honest(site))
         assert open_files(site) - before <= kept + 32
     print(f"{HALF_OPEN} connections in {time.monotonic() - start:.1f} s; the slowest honest one {slowest:.3f} s")
     assert slowest < 2.0
-    return socks
 
 
 def test_ten_thousand_half_open_handshakes_of_each_kind(site: Site) -> None:
@@ -103,13 +109,12 @@ def test_ten_thousand_half_open_handshakes_of_each_kind(site: Site) -> None:
     before = open_files(site)
     with unharmed(site, SHAKING_MIB), contextlib.ExitStack() as stack:
         memory = site.memory()
-        socks = flood(site, b"", SILENT_MAX) + flood(site, hello[: len(hello) // 2], SILENT_MAX)
+        flood(site, b"", SILENT_MAX, stack)
+        flood(site, hello[: len(hello) // 2], SILENT_MAX, stack)
         grown = site.memory() - memory
         print(f"the node's memory grew by {grown / MIB:.2f} MiB")
         assert grown <= HALVES_MIB * MIB
-        socks += flood(site, hello, UNPROVED_MAX)
-        for sock in socks:
-            stack.callback(sock.close)
+        flood(site, hello, UNPROVED_MAX, stack)
         wait_for(lambda: open_files(site) <= before + 8, limits.HANDSHAKE_SECONDS + 3, name="the last to be given up")
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from sterna import limits
@@ -96,6 +97,22 @@ def test_broken_frames_end_only_their_connection(site: Site) -> None:
                 assert raw.ended(), name
 
 
+def test_payloads_of_exactly_what_is_allowed_are_taken(site: Site) -> None:
+    """The twins of those that are a byte too large."""
+    with site.client() as raw:
+        size = limits.CONTROL_MAX_BYTES - len(raw.signed(raw.connect_body(label="x" * 1_000)))
+        payload = raw.signed(raw.connect_body(label="x" * (1_000 + size)))
+        assert len(payload) == limits.CONTROL_MAX_BYTES
+        raw.send(Type.CONNECT, 1, 0, payload)
+        assert isinstance(raw.answer(1), Accept)
+        ping = os.urandom(limits.PING_MAX_BYTES)
+        raw.send(Type.PING, 0, 0, ping)
+        assert raw.until(Type.PONG)[3] == ping
+        assert raw.echo(b"well", 0) == b"well"
+        raw.send(Type.EOF, 1, 4)
+        raw.until(Type.CLOSE, handle=1)
+
+
 def test_invalid_messagepack_is_refused(site: Site) -> None:
     with unharmed(site):
         for name, data in BODIES.items():
@@ -103,6 +120,12 @@ def test_invalid_messagepack_is_refused(site: Site) -> None:
                 raw.raw(data)
                 assert raw.code() == Code.BAD_PAYLOAD, name
                 assert raw.ended(), name
+        # Their twin has keys that nobody knows too, but what they hold is there.
+        with site.client() as raw:
+            known = msgspec.msgpack.decode(messages.pack(raw.connect_body()))
+            body = messages.pack({**known, "x": msgspec.Raw(b"\xdd\0\0\0\1\x91\x07"), "y": {"x": None}})
+            raw.say(Type.CONNECT, 1, Signed(body, raw.device.sign(messages.CONTEXT_CONNECT, site.node_id, body)))
+            assert isinstance(raw.answer(1), Accept)
 
 
 def test_unknown_types_from_0x80_are_ignored(site: Site) -> None:

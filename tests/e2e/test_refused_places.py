@@ -87,6 +87,12 @@ def test_what_is_no_socket_of_ours_is_no_agent(site: Site) -> None:
         assert "\x1b" not in said(site)
         for path in (*made, *(sockets / name for name in names)):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        # Control: a socket of that name is one.
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.fspath(made[0]))
+            listener.listen(8)
+            wait_for(lambda: agents(site) == {"main", "echo", "link"}, name="the agent")
+            made[0].unlink()
 
 
 @AS_ROOT
@@ -150,6 +156,8 @@ def test_a_state_directory_that_others_may_write_to() -> None:
         (rig.directory / "elsewhere").mkdir(mode=0o700)
         (rig.state / "node").symlink_to(rig.directory / "elsewhere")
         assert "symbolic link" in sentence(up(rig).stderr)
+        (rig.state / "node").unlink()
+        rig.start_node()  # control: nothing else was wrong
 
 
 @pytest.mark.parametrize("name", ["node-ca.pem", "token.key", "local.token", "node-leaf.pem"])
@@ -178,6 +186,7 @@ def test_a_port_in_use(site: Site) -> None:
         done = rig.sterna("up", "--no-web", "--port", str(site.rig.port), "--state", os.fspath(rig.state))
         assert done.returncode == 2
         assert f"Port {site.rig.port} on 127.0.0.1 is in use" in sentence(done.stderr)
+        rig.start_node()  # control: on another port it runs
         # The same state directory belongs to the node that has it.
         done = up(site.rig)
         assert done.returncode == 2
@@ -311,7 +320,7 @@ def test_a_disk_without_room_for_a_journal_is_named_at_once(small: Rig) -> None:
 @AS_ROOT
 def test_the_command_line_says_what_is_wrong_with_the_disk(small: Rig) -> None:
     site = start_small_node(small)
-    fill(small)
+    ballast = fill(small)
     request = os.urandom(16)
     for _ in range(2):
         with site.client() as raw:
@@ -328,6 +337,9 @@ def test_the_command_line_says_what_is_wrong_with_the_disk(small: Rig) -> None:
     assert done.returncode == 1, done
     assert "is full" in sentence(done.stderr)
     assert time.monotonic() - start < 5
+    ballast.unlink()
+    with site.client() as raw:
+        raw.connect(request=request, name="again")  # control: with room it is what it is
 
 
 # ---- other users of the machine --------------------------------------------------------------------------------

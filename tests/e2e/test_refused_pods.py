@@ -283,14 +283,21 @@ def test_lies_about_a_session_harm_only_that_session(site: Site) -> None:
                 assert raw.alive(), name
                 raw.connect(handle=2)
                 assert raw.echo(b"mine", 0, handle=2) == b"mine", name
+        # Control: who tells the truth is believed.
+        stack.enter_context(Rogue(site, "honest", lie(Type.DATA, 0, b"truth")))
+        with site.client() as raw:
+            raw.connect(agent="honest", name="honest", exact=False)
+            assert raw.data(5) == b"truth"
         with site.client() as raw:
             raw.connect(want="call")
             names = {session["name"] for session in raw.call("list")["sessions"]}
             assert len(taken) >= len(LIES) - 1
+            outputs = set()
             for name in taken:
                 assert name in names
-                raw.call("info", session=name)
+                outputs.add(raw.call("info", session=name)["output"])
                 raw.call("close", session=name)
+            assert outputs == {0, 2**62}, "no lie became output; where it begins is the agent's to say"
 
 
 def test_a_snapshot_from_the_future_moves_nobody(site: Site) -> None:

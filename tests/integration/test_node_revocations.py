@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sterna import limits
+from sterna import limits, paths
 from sterna.errors import Code, RefusedError, StorageError, TrustError
 from sterna.ids import DeviceId
 from sterna.node.database import PAGE_BYTES
@@ -125,6 +125,26 @@ def test_each_one_is_synced_before_it_returns(state: str, monkeypatch: pytest.Mo
     db.close()
 
 
+def test_a_new_files_name_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, synced = str(tmp_path / "state"), list[str]()
+    db, real = Store(state), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for token in (TOKEN, "f" * 32):
+        db.revoke_token(token)
+    db.close()
+    path = os.path.join(state, FILE)
+    assert synced == [path, state, path]
+    os.unlink(path)
+    Store(state).close()
+    assert synced[3].startswith(os.path.join(state, f".{FILE}."))
+    assert synced[4:] == [state], "written anew, it is as sure"
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 6))
 def test_a_torn_last_line_is_dropped_and_the_next_one_is_whole(state: str, cut: int) -> None:
     path = os.path.join(state, FILE)
@@ -183,6 +203,55 @@ def test_one_that_does_not_fit_is_refused_and_not_half_done(
     db = still_refused(state)
     assert db.revoke_device("ada", KEPT), "there is room again"
     assert code(lambda: db.put_device(KEPT, KEY, "ada", "laptop", NOW)) is Code.REVOKED
+    db.close()
+
+
+def broken_off(descriptor: int, data: Any) -> int:
+    """Writes a part, and then no more."""
+    if len(data) <= 40:
+        raise OSError(28, "No space left on device")
+    return os.pwrite(descriptor, bytes(data[:20]), 0)  # which appends, as the file was opened for that
+
+
+def fails(*_args: object, **_more: object) -> None:
+    raise StorageError("full")
+
+
+@pytest.mark.parametrize("torn", ["by a failure that is read", "by a write"])
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_what_follows_a_torn_line_that_stays_is_whole(
+    state: str, monkeypatch: pytest.MonkeyPatch, torn: str, taken_back: bool
+) -> None:
+    """Where the disk takes neither the file anew nor its old end."""
+    path = os.path.join(state, FILE)
+    if torn == "by a write":
+        db = Store(state)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", broken_off)
+            patched.setattr(os, "ftruncate", lambda *_: broken_off(0, b""))
+            with pytest.raises(StorageError, match="cannot be revoked"):
+                db.revoke_token("e" * 32)
+    else:
+        with open(path, "ab") as file:
+            file.write(b"01234567 token eee")
+        with monkeypatch.context() as patched:
+            patched.setattr(paths, "atomic_write", fails)
+            db = Store(state)
+    with open(path, "rb") as file:
+        assert file.read()[-1:] != b"\n", "control: it is torn"
+    if taken_back:
+        with monkeypatch.context() as patched:
+            patched.setattr(db._db, "write", fails)
+            with pytest.raises(StorageError, match="full"):
+                db.revoke_token("d" * 32)
+    for letter in "cb":
+        db.revoke_token(letter * 32)
+    db.close()
+    with open(path, "rb") as file:
+        assert b"\n\n" not in file.read()
+    damage(state)
+    db = Store(state)
+    assert db.revoked_tokens() == {TOKEN, "c" * 32, "b" * 32}
     db.close()
 
 

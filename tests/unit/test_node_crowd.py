@@ -42,6 +42,16 @@ def test_no_tenant_takes_all_connections() -> None:
         crowd.gone(connection)
 
 
+@pytest.mark.parametrize("most", [1, 2, 9, 10, 17, 18, 100])
+def test_the_share_is_exact(most: int) -> None:
+    """Eight ninths of what is there, then of what that leaves."""
+    crowd = Crowd(most)
+    for tenant in ("greedy", "ada"):
+        admitted, _ = fill(crowd, tenant)
+        assert len(admitted) == limits.SHARE_TIMES_FREE * most // (limits.SHARE_TIMES_FREE + 1)
+        most -= len(admitted)
+
+
 def test_a_link_has_only_so_many_and_a_connection_is_counted_once() -> None:
     crowd = Crowd(9_000)
     guests, error = fill(crowd, "ada", GUEST)

@@ -5,19 +5,32 @@ from __future__ import annotations
 import pytest
 
 from sterna.errors import Code
-from sterna.limits import SNAPSHOT_MAX_BYTES, SNAPSHOT_PART_BYTES, TEXT_SHOWN_MAX_CHARS
+from sterna.limits import ACK_DELAY_MS, SNAPSHOT_MAX_BYTES, SNAPSHOT_PART_BYTES, TEXT_SHOWN_MAX_CHARS
 from sterna.protocol import messages
-from sterna.protocol.client import ClientMachine, Dial, Ended, Failed, Gap, Notice, Opened, Output, Screen, Trouble
+from sterna.protocol.client import (
+    ClientMachine,
+    Dial,
+    Ended,
+    Failed,
+    Gap,
+    Notice,
+    Opened,
+    Output,
+    Screen,
+    Trouble,
+    Uncertain,
+)
 from sterna.protocol.codec import Decoder
 from sterna.protocol.frame import Type, encode
 from sterna.protocol.messages import Lost
+from sterna.units import MILLISECOND
 
 SECOND = 1_000_000_000
 UID = b"U" * 16
 
 
-def machine(name: str = "n") -> tuple[ClientMachine, int]:
-    """A client whose first connection carries its session."""
+def machine(name: str = "n", head: int = 0) -> tuple[ClientMachine, int]:
+    """A client whose first connection carries its session, whose output before `head` is history."""
     body = messages.ConnectBody(
         context=messages.CONTEXT_CONNECT,
         node=b"N" * 32,
@@ -49,6 +62,7 @@ def machine(name: str = "n") -> tuple[ClientMachine, int]:
         input=0,
         window=1000,
         keepalive=15,
+        head=head,
     )
     give(client, number, Type.ACCEPT, 1, accept)
     assert client.active == number
@@ -249,6 +263,74 @@ def test_a_client_that_was_ahead_of_the_nodes_log_takes_what_takes_its_place() -
     assert output(client) == [(15, b"new bytes, more")]
 
 
+def replayed(client: ClientMachine, number: int, at: int, *pieces: bytes) -> list[bool]:
+    """Which of these pieces of output, the first of them at `at`, count as history."""
+    for piece in pieces:
+        client.receive(number, encode(Type.DATA, 1, at, piece), 2 * SECOND)
+        at += len(piece)
+    found = []
+    while (event := client.next_event()) is not None:
+        if isinstance(event, Output):
+            found.append(event.replayed)
+    return found
+
+
+def test_output_is_history_up_to_the_head_that_the_node_named() -> None:
+    """A terminal answers no question in it; the byte at the head is new."""
+    client, number = machine(head=10)
+    assert replayed(client, number, 0, b"01234", b"56789", b"a") == [True, True, False]
+    client, number = back(messages.Resumed(epoch=1, log=1, output=4, input=0, head=20))
+    assert replayed(client, number, 10, b"0123456789", b"a") == [True, False]
+    client, number = machine()
+    assert replayed(client, number, 0, b"0") == [False], "nothing was said before"
+
+
+def acknowledged(client: ClientMachine, position: int) -> list[int]:
+    """What a client acknowledges once output is handled up to a position, and all time for that has passed."""
+    client.handled(position, 2 * SECOND)
+    client.handle_timeout(2 * SECOND + ACK_DELAY_MS * MILLISECOND)
+    sent = b"".join(part for _, parts in client.data_to_send() for part in parts)
+    return [int.from_bytes(frame[3], "big") for frame in Decoder().feed(sent) if frame[0] == Type.ACK]
+
+
+@pytest.mark.parametrize("log", [1, 2])
+def test_nothing_is_acknowledged_in_a_log_that_the_client_is_not_in_yet(log: int) -> None:
+    """A position of the log before would skip output of the new one, which the picture still is to stand for."""
+    resumed = messages.Resumed(1, log, 50, 0, lost=Lost(10, 50), snapshot=True, head=80)
+    client, number = back(resumed)
+    assert acknowledged(client, 10) == ([10] if log == 1 else [])
+    give(client, number, Type.SNAPSHOT, 1, messages.Snapshot(80, data=b"picture", lost=Lost(10, 80)))
+    client.receive(number, encode(Type.DATA, 1, 80, b"more"), 2 * SECOND)
+    assert acknowledged(client, 84) == [84]
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "wanted", "again", "named"),
+    [(True, 6, [(6, b"6789")], [(2, 6)]), (False, 6, [(6, b"6789")], []), (False, None, [], [(2, 10)])],
+    ids=["a forgotten lane", "a known lane", "an agent that is gone"],
+)
+def test_exactly_the_input_that_may_be_lost_is_named(
+    forgotten: bool, wanted: int | None, again: list[tuple[int, bytes]], named: list[tuple[int, int]]
+) -> None:
+    """What was acknowledged is not, what the node wants again is sent again."""
+    client, old = machine()
+    client.write(b"0123456789", SECOND)
+    client.data_to_send()
+    client.receive(old, encode(Type.ACK, 1, 2, (2).to_bytes(8, "big")), SECOND)
+    client.lost(old, 2 * SECOND)
+    new = dial(client)
+    client.established(new, 2 * SECOND)
+    assert asked(client, new).sent == 10
+    give(client, new, Type.RESUMED, 1, messages.Resumed(1, 1, 0, wanted, forgotten=forgotten))
+    sent = b"".join(part for _, parts in client.data_to_send() for part in parts)
+    assert [frame[2:] for frame in Decoder().feed(sent) if frame[0] == Type.DATA] == again
+    found = []
+    while (event := client.next_event()) is not None:
+        if isinstance(event, Uncertain):
+            found.append((event.start, event.end))
+    assert found == named
+
+
 # ---- a gap that a picture stands for -------------------------------------------------------------------------------
 
 
@@ -295,6 +377,14 @@ def test_what_came_before_the_answer_to_resume_does_not_count_as_lost(snapshot: 
     assert output(client) == [(end + 4, b"more")]
 
 
+@pytest.mark.parametrize(
+    ("log", "lost", "named"), [(1, Lost(4, 50), (10, 50)), (2, Lost(4, 50), (4, 50)), (1, Lost(4, 8), (8, 8))], ids=str
+)
+def test_a_gap_begins_where_output_of_that_log_ended(log: int, lost: Lost, named: tuple[int, int]) -> None:
+    client, _ = back(messages.Resumed(1, log, lost.end, 0, lost=lost, head=lost.end))
+    assert gaps(client) == [named]
+
+
 @pytest.mark.parametrize("log", [1, 2])
 @pytest.mark.parametrize("parts", [0, 1])
 def test_a_picture_that_did_not_come_leaves_no_silent_hole(log: int, parts: int) -> None:
@@ -315,3 +405,15 @@ def test_a_picture_that_did_not_come_leaves_no_silent_hole(log: int, parts: int)
     client.established(number, 2 * SECOND)
     again = asked(client, number)
     assert (again.output, again.log) == (90, log)
+
+
+def test_a_picture_names_only_what_it_stands_for_itself() -> None:
+    client, number = machine()
+    for part in (
+        messages.Snapshot(50, 0, False, data=b"never whole", lost=Lost(0, 50)), messages.Snapshot(60, data=b"whole"),
+    ):  # fmt: skip
+        give(client, number, Type.SNAPSHOT, 1, part)
+    assert gaps(client) == [], "what stood for it never came"
+    for part in (messages.Snapshot(90, data=b"one", lost=Lost(60, 90)), messages.Snapshot(95, data=b"next")):
+        give(client, number, Type.SNAPSHOT, 1, part)
+    assert gaps(client) == [(60, 90)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sterna.errors import Code
 from sterna.protocol import messages
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.frame import Type
@@ -57,3 +58,19 @@ def test_who_is_left_alone_answers_again(resized: bool) -> None:
     again = terminal(b"b")
     attach(target, again)
     assert (told(first), told(again)) == ([0], [1]), "a new connection knows nothing"
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "is shown out"])
+def test_nothing_is_kept_of_who_left(leaves: bool) -> None:
+    target, stays = session(), terminal(b"a")
+    opened(target)
+    attach(target, stays)
+    for _ in range(5):
+        guest = terminal(b"b")
+        attach(target, guest)
+        assert guest in target._answering._told
+        if leaves:
+            target.detach(guest, NOW)
+        else:
+            target.displace(stays, Code.REVOKED, "Its access was revoked.", NOW)
+        assert list(target._answering._told) == [stays]

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import shutil
+import socket
 import ssl
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -19,8 +20,10 @@ from sterna.node.config import NodeConfig
 from sterna.node.logs import Brake
 from sterna.transport.listen import tcp_socket
 from sterna.trust.pins import local_pin
+from sterna.web import site as site_module
+from sterna.web.http import HttpConnection
 from sterna.web.pages import STATIC, TYPES, load, takes_gzip
-from sterna.web.site import Site, host_name
+from sterna.web.site import UNREAD_MAX_BYTES, Site, host_name
 
 
 @pytest.fixture
@@ -207,6 +210,125 @@ async def test_a_page_of_another_site_gets_no_second_request(served: Served) -> 
         writer.close()
     assert answers.count(b"HTTP/1.1 403 ") == answers.count(b"HTTP/1.1") == 1
     assert b"Connection: close" in answers
+
+
+async def test_of_two_origins_none_is_believed(served: Served) -> None:
+    own = FOREIGN.replace("other.example", "localhost")
+    assert b" 101 " in await served.ask(own)
+    for more in ("https://other.example", "https://localhost"):
+        two = own.replace("\n\n", f"\nOrigin: {more}\n\n")
+        assert (await served.ask(two)).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 403 "))
+
+
+@pytest.mark.parametrize("more", ["Transfer-Encoding: chunked\n\n0\n", "Content-Length: 1\n\nx"])
+async def test_a_request_has_no_body(served: Served, more: str) -> None:
+    answer = await served.ask(f"GET / HTTP/1.1\nHost: localhost\n{more}\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"Connection: close" in answer
+
+
+# ---- bounds --------------------------------------------------------------------------------------------------------
+
+ASKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+class Visitor:
+    """One that connected, says something when it is told to, and reads nothing but what it is asked for."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def come(cls, served: Served, address: str = "127.0.0.1") -> Visitor:
+        """Its TLS handshake is done, and the site knows it."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.bind((address, 0))
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", served.port))
+        return cls(*await asyncio.open_connection(sock=sock, ssl=served.context, server_hostname="127.0.0.1"))
+
+    async def healthy(self) -> bool:
+        """Whether it is answered."""
+        self.writer.write(ASKED)
+        return (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\nok\n"), 5)).startswith(b"HTTP/1.1 200")
+
+    async def ended(self) -> bool:
+        """Whether the site has ended it, without an answer."""
+        try:
+            return await asyncio.wait_for(self.reader.read(1), 5) == b""
+        except ConnectionResetError:
+            return True
+
+
+async def test_one_too_many_makes_the_one_go_that_did_nothing_for_longest(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_module, "PER_ADDRESS_MAX", 3)
+    monkeypatch.setattr(site_module, "CONNECTIONS_MAX", 5)
+    others = [await Visitor.come(served, "127.0.0.2") for _ in range(2)]
+    first, second, third = [await Visitor.come(served) for _ in range(3)]
+    assert await first.healthy()
+    crowd = [first, third, *others, await Visitor.come(served)]
+    assert await second.ended(), "of its address, the first has asked since"
+    assert served.site.evicted == 1
+    for each in (crowd[2], crowd[1], crowd[0], crowd[4]):
+        assert await each.healthy()
+    crowd.append(await Visitor.come(served, "127.0.0.3"))
+    assert await crowd.pop(3).ended(), "of all, the only one that never asked"
+    assert served.site.evicted == 2
+    for each in crowd:
+        assert await each.healthy()
+        each.writer.close()
+
+
+class Later:
+    """The loop, for a sweep of a later time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop, self._seconds = loop, seconds
+        self.call_later = loop.call_later
+
+    def time(self) -> float:
+        return self._loop.time() + self._seconds
+
+
+@pytest.mark.parametrize(("asks", "seconds"), [(False, 10), (True, 60)])
+async def test_who_asks_or_takes_nothing_is_swept_out_in_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch, asks: bool, seconds: int
+) -> None:
+    visitor = await Visitor.come(served)
+    assert not asks or await visitor.healthy()
+    for later, left in ((seconds - 2, 1), (seconds + 1, 0)):
+        served.site._timer.cancel()
+        monkeypatch.setattr(served.site, "_loop", Later(asyncio.get_running_loop(), later))
+        served.site._sweep()
+        await asyncio.sleep(0)
+        assert len(served.site._open) == left
+    assert await visitor.ended()
+
+
+async def test_answers_that_nobody_takes_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before that ends any connection; who reads gets any number of them."""
+    queued = []
+
+    def abort(connection: HttpConnection) -> None:
+        queued.append(connection.queued)
+        HttpConnection.close(connection)
+
+    monkeypatch.setattr(HttpConnection, "abort", abort)
+    asked, size = ASKED.replace(b"healthz", b"page.css"), len((Path(STATIC) / "page.css").read_bytes())
+    deaf, honest = await Visitor.come(served), await Visitor.come(served)
+    async with asyncio.timeout(10):
+        while not queued:
+            deaf.writer.write(asked)
+            honest.writer.write(asked)
+            await honest.reader.readuntil(b"\r\n\r\n")
+            await honest.reader.readexactly(size)
+    assert UNREAD_MAX_BYTES < queued[0] < UNREAD_MAX_BYTES + 2 * size
+    assert await honest.healthy()
+    for each in (deaf, honest):
+        each.writer.close()
 
 
 async def test_pages_of_other_sites_do_not_fill_the_log(

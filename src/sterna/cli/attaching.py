@@ -80,7 +80,7 @@ def run_plain(told: Arguments) -> int:
     if sys.modules.keys().isdisjoint(("msgspec", "typing_extensions")):
         # msgspec takes from there what `typing` has since Python 3.11; its import is a tenth of a start.
         sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # it is not found
-        import msgspec  # noqa: F401
+        import msgspec  # noqa: F401  # for those who need it next
 
         del sys.modules["typing_extensions"]
     return run(told)

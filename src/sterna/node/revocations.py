@@ -128,6 +128,7 @@ class Revocations:
     def take_back(self, line: str, size: int) -> None:
         """Forgets a revocation that the database could not store, so that it is not half done."""
         self._lines.pop(line, None)
+        self._torn = True  # what the line was put behind may be, as before
         with suppress(OSError):
             os.truncate(self.path, size)
 
