@@ -365,10 +365,16 @@ def test_commands_options_sessions_and_agents_are_completed(rig: Rig) -> None:
     assert completions(rig, "sterna", "record", "wo") == ["wobble"]
     assert completions(rig, "sterna", "record", "ma") == [], "an agent is no session"
     assert "--watch" in completions(rig, "sterna", "attach", "--w")
+    assert rig.sterna("share", "wobble", "--local").returncode == 0
+    (link,) = (each for each in rig.json("share", "--list")["shares"] if each["name"] == "wobble")
+    assert completions(rig, "sterna", "share", "--end", link["id"][:9]) == [link["id"]]
+    assert rig.sterna("share", "--end", link["id"]).returncode == 0
+    assert completions(rig, "sterna", "share", "--end", link["id"][:9]) == []
 
 
 def test_completion_is_quick_and_silent_when_nothing_answers(rig: Rig, tmp_path: Path) -> None:
     assert completions(rig, "sterna", "attach", "wo", STERNA_STATE=str(tmp_path)) == []
+    assert completions(rig, "sterna", "share", "--end", "", STERNA_STATE=str(tmp_path)) == []
     best = 9.0
     for _ in range(5):
         start = time.perf_counter()

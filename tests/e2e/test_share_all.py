@@ -126,6 +126,51 @@ def test_only_who_may_do_all_may_share_all(rig: Rig) -> None:
     assert "`sterna attach` takes it" in capture.stderr
 
 
+def test_an_ended_link_puts_its_terminal_out_and_no_other(rig: Rig) -> None:
+    before = {link["id"] for link in rig.json("share", "--list")["shares"]}
+    ended, other = Guest(rig, "ended", "--watch"), Guest(rig, "goes-on")
+    terminals = [rig.terminal("attach", guest.link, "--name", "first", env=guest.env) for guest in (ended, other)]
+    terminals.insert(0, rig.terminal("attach", "--name", "first"))
+    for terminal in terminals:
+        terminal.expect("$ ")
+    known = {link["id"]: link for link in rig.json("share", "--list")["shares"]}
+    (link,) = (each for each in known.values() if each["mode"] == "watch" and each["id"] not in before)
+    assert link["expires"] > time.time() + 86_400, "it was used"
+    assert (link["session"], link["agent"], link["name"]) == (None, None, None)
+    lines = {line.split("\t")[0]: line.split("\t") for line in rig.sterna("share", "--list").stdout.splitlines()}
+    assert lines.keys() == known.keys()
+    assert lines[link["id"]][1:5] == ["all", "", "watch", link["issuer"]]
+    assert lines[link["id"]][6:] == [link["device"], link["label"]]
+    devices = {device["id"][:16]: device for device in rig.json("devices")["devices"]}
+    assert devices[link["device"]]["label"] == link["label"]
+    assert devices[link["issuer"]]["self"]
+    for wrong in (str(parse_link(ended.link).ticket), ended.link, "abc"):
+        refused = rig.sterna("share", "--end", wrong)
+        assert (refused.returncode, "never given" in refused.stderr) == (2, True)
+        assert wrong not in refused.stderr
+    for words in (("first", "--list"), ("--end", link["id"], "--all"), ("--list", "--end", link["id"])):
+        refused = rig.sterna("share", *words)
+        assert (refused.returncode, "make no link" in refused.stderr) == (2, True), words
+    refused = other.sterna("share", "--list")
+    assert (refused.returncode, "neither shows nor ends links" in refused.stderr) == (1, True)
+    done = rig.sterna("share", "--end", link["id"][:8])
+    assert done.stdout == f"Ended the link {link['id']} to all sessions: the device {link['device']} is out.\n"
+    assert terminals[1].wait() == 1
+    terminals[1].expect("link that let you in was ended")
+    for number, terminal in ((0, terminals[0]), (2, terminals[2])):
+        terminal.type(f"echo still-$((40+{number}))\r")
+        terminal.expect(f"still-{40 + number}")
+    again = ended.sterna("ls")
+    assert (again.returncode, "or it was ended; ask for a new one" in again.stderr) == (1, True)
+    assert other.sterna("ls").returncode == 0
+    refused = rig.sterna("share", "--end", link["id"])
+    assert (refused.returncode, "`sterna share --list` shows them" in refused.stderr) == (1, True)
+    unused = Guest(rig, "unused")
+    (new,) = (each for each in rig.json("share", "--list")["shares"] if each["id"] not in known)
+    assert rig.json("share", "--end", new["id"]) == new
+    assert unused.sterna("ls").returncode == 1
+
+
 def test_a_used_link_is_good_for_its_device_beyond_its_time() -> None:
     with Rig() as rig:
         rig.start_node()

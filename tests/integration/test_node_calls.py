@@ -10,16 +10,20 @@ from typing import Any
 import msgspec
 import pytest
 
+from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code
 from sterna.ids import DeviceId, SessionUid
 from sterna.node import calls
 from sterna.node.app import Node
 from sterna.node.config import NodeConfig
 from sterna.node.doorkeeper import Visitor
+from sterna.node.schema import Issuer
 from sterna.node.store import DEVICES_PER_TENANT_MAX, SessionRow
+from sterna.node.tickets import TICKETS_PER_TENANT_MAX
 from sterna.protocol import messages
 from sterna.protocol.messages import Call, Error, Mode
 from sterna.protocol.states import State
+from sterna.units import SECOND
 
 OWNER = DeviceId(b"o" * 32)
 SESSIONS = 300
@@ -45,7 +49,7 @@ def visitor(session: SessionRow | None = None, mode: Mode = "drive") -> Visitor:
     """The owner of the tenant `ada`, or somebody with a share ticket for one session."""
     found = Visitor("ada", OWNER, b"k" * 33, ("*",) if session is None else (session.agent,), frozenset((mode,)))
     if session is not None:
-        found.session, found.guest = session.number, True
+        found.session, found.ticket = session.number, b"t" * 32
     return found
 
 
@@ -132,6 +136,44 @@ async def test_no_page_of_devices_is_out_of_bounds(node: Node, after: int) -> No
     page = ask(node, visitor(), "devices", after=after)
     assert [device["self"] for device in page["devices"]] == ([True] if after < 0 else [])
     assert page["next"] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 101, 250])
+async def test_links_come_in_pages_and_no_more_are_read_than_that_takes(
+    node: Node, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    hashes = sorted(os.urandom(32) for _ in range(count))
+    wall = SYSTEM_CLOCK.wall()
+    with node.store.transaction():
+        for hashed in hashes:
+            node.store.add_ticket(hashed, "ada", None, "*", "drive", wall + 60 * SECOND, wall)
+    read = counted(monkeypatch, node, "shares", len)
+    found, after = [], 0
+    while True:
+        page = ask(node, visitor(), "shares", after=after)
+        assert read.pop() <= calls._PAGE + 1
+        found += [share["id"] for share in page["shares"]]
+        after = page["next"]
+        if not after:
+            break
+        assert len(page["shares"]) == calls._PAGE
+    assert found == [hashed.hex()[:16] for hashed in hashes]
+    for wrong in (-1, -(2**63)):
+        page = ask(node, visitor(), "shares", after=wrong)
+        assert [each["id"] for each in page["shares"]] == found[: calls._PAGE]
+        assert page["next"] == (calls._PAGE if count > calls._PAGE else 0)
+    for wrong in (TICKETS_PER_TENANT_MAX, 2**63 - 1):
+        assert ask(node, visitor(), "shares", after=wrong) == {"shares": [], "next": 0}
+
+
+async def test_a_beginning_that_two_links_have_ends_neither(node: Node) -> None:
+    wall = SYSTEM_CLOCK.wall()
+    for last in (b"\x01", b"\x02"):
+        node.store.add_ticket(b"\xab" * 7 + last * 25, "ada", None, "*", "drive", wall + SECOND * 60, wall)
+    assert ask(node, visitor(), "unshare", id="ab" * 7).code == Code.NOT_FOUND
+    assert len(node.store.shares("ada", Issuer(), wall)) == 2
+    assert ask(node, visitor(), "unshare", id="ab" * 7 + "01")["id"] == "ab" * 7 + "01"
+    assert [row.hash[7] for row in node.store.shares("ada", Issuer(), wall)] == [2]
 
 
 async def test_a_device_that_is_named_in_full_is_looked_up_directly(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -18,8 +19,9 @@ from sterna.errors import Code
 from sterna.node import clients
 from sterna.node.app import Node
 from sterna.protocol.frame import Type
-from sterna.protocol.messages import Accept, Error, Resumed
+from sterna.protocol.messages import Accept, Call, Error, Resumed
 from sterna.trust.device import DeviceKey
+from sterna.trust.tickets import ticket_hash
 from tests.e2e.raw_client import Raw, Site, new_device
 from tests.e2e.rig import Rig
 from tests.integration.test_node_crowds import running, until
@@ -293,3 +295,189 @@ async def test_a_token_for_watching_ends_no_link_of_its_tenants_owner(
     await asyncio.to_thread(attack)
     (count,) = node.store._db.one("SELECT count(*) FROM tickets")
     assert count == 52
+
+
+# ---- links that are listed and ended ---------------------------------------------------------------------------------
+
+
+def _number(text: str) -> str:
+    """A ticket's id, as links are listed."""
+    return ticket_hash(text).hex()[:16]
+
+
+def _watching(raw: Raw) -> bool:
+    """Whether the attachment on handle 1 is there: SUSPEND is answered in kind, and ends it."""
+    raw.send(Type.SUSPEND, 1)
+    return raw.until(Type.SUSPEND, Type.ERROR, handle=1)[0] == Type.SUSPEND
+
+
+async def test_an_ended_link_takes_with_it_what_came_in_by_it_and_nothing_else(node: Node, site: Site) -> None:
+    def end() -> None:
+        device, other = new_device(), new_device()
+        ended, second, theirs = (ticket(site, "shared") for _ in range(3))
+        came = [site.client(credential=ended, device=device), site.client(credential=ended, device=device)]
+        lost = [joined(raw, "shared") for raw in came]
+        resumed = site.client(device=device)
+        assert isinstance(resumed.resume(1, *lost[1]), Resumed)
+        calling = caller(site, ended, device)
+        stay = [site.client(credential=second, device=device), site.client(device=device)]
+        stay.append(site.client(credential=theirs, device=other))
+        kept = [joined(raw, "shared") for raw in stay]
+        mixed = site.client(device=device)
+        assert isinstance(mixed.ask(2, want="join", name="shared", mode="watch"), Accept)
+        mixed.credential = ended
+        joined_mixed = mixed.connect_body(want="join", name="shared", mode="watch")
+        mixed.send(Type.CONNECT, 3, 0, mixed.signed(joined_mixed))
+        assert isinstance(mixed.answer(3), Accept)
+        with caller(site, local=True) as owner:
+            listed = {each["id"]: each for each in owner.call("shares")["shares"]}
+            shown = listed[_number(ended)]
+            assert (shown["name"], shown["agent"], shown["mode"]) == ("shared", "echo", "watch")
+            assert (shown["device"], shown["session"]) == (device.id.hex()[:16], lost[0][0].uid.hex())
+            assert owner.call("unshare", id=_number(ended)[:8]) == shown
+            assert {each["id"] for each in owner.call("shares")["shares"]} == {_number(second), _number(theirs)}
+        assert came[0].code(1) == Code.DENIED
+        assert resumed.code(1) == Code.DENIED
+        assert mixed.code(3) == Code.DENIED
+        assert all(raw.ended() for raw in (came[0], resumed, calling))
+        for accept, attachment in lost:
+            with site.client(device=device) as raw:
+                answer = raw.resume(1, accept, attachment)
+                assert isinstance(answer, Error)
+                assert answer.code == Code.DENIED
+        for who in (device, new_device()):
+            assert refusal(site.client(credential=ended, device=who)) == Code.DENIED
+        assert refusal(site.client(credential=second, device=device)) is None
+        assert [raw.call("info", session="shared")["name"] for raw in stay] == ["shared"] * 3
+        assert [_watching(raw) for raw in stay] == [True] * 3
+        for raw, back in zip((stay[0], stay[1], stay[2]), kept, strict=True):
+            assert isinstance(raw.resume(2, *back), Resumed)
+        mixed.send(Type.SUSPEND, 2)
+        mixed.until(Type.SUSPEND, handle=2)
+        mixed.say(Type.CALL, 0, Call(1, "list"))
+        assert mixed.code() == Code.DENIED, "the last that it was let in by was the link"
+        for raw in (*came, resumed, calling, mixed, *stay):
+            raw.close()
+
+    await asyncio.to_thread(end)
+
+
+@pytest.mark.parametrize("how", ["CONNECT", "RESUME"])
+async def test_an_ended_link_lets_nobody_in_that_waits_for_the_agent(
+    node: Node, site: Site, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    waiting: list[Callable[[], None]] = []
+    ensure = node.registry.ensure
+
+    def hold(*words: Any, **more: Any) -> None:
+        waiting.append(functools.partial(ensure, *words, **more))
+
+    async def go_on() -> None:
+        for each in waiting:
+            each()
+
+    def wait_for_it() -> None:
+        device, links = new_device(), [ticket(site, "shared") for _ in range(2)]
+        raws = [site.client(credential=link, device=device) for link in links]
+        bodies = [raw.connect_body(want="join", name="shared", mode="watch") for raw in raws]
+        # Each connection carries somebody else too, so that it does not end.
+        for raw in raws:
+            raw.credential, guest = site.token, raw.credential
+            assert isinstance(raw.ask(1, want="join", name="shared", mode="watch"), Accept)
+            raw.credential = guest
+        backs = []
+        for raw, body in zip(raws, bodies, strict=True):
+            if how == "RESUME":
+                raw.send(Type.CONNECT, 2, 0, raw.signed(body))
+                accept = raw.answer(2)
+                assert isinstance(accept, Accept)
+                raw.send(Type.SUSPEND, 2)
+                raw.until(Type.SUSPEND, handle=2)
+                backs.append(raw.signed(raw.resume_body(accept, body.attachment)))
+            else:
+                backs.append(raw.signed(body))
+        monkeypatch.setattr(node.registry, "ensure", hold)
+        for raw, back in zip(raws, backs, strict=True):
+            raw.send(getattr(Type, how), 3, 0, back)
+        _wait(lambda: len(waiting) == 2)
+        with caller(site, local=True) as owner:
+            owner.call("unshare", id=_number(links[0]))
+        asyncio.run_coroutine_threadsafe(go_on(), loop).result()
+        answers = [raw.answer(3) for raw in raws]
+        assert isinstance(answers[0], Error)
+        assert answers[0].code == Code.DENIED
+        assert "link that let you in was ended" in answers[0].message
+        assert isinstance(answers[1], Accept | Resumed), "control: the other link is there"
+        for raw in raws:
+            raw.close()
+
+    loop = asyncio.get_running_loop()
+    await asyncio.to_thread(wait_for_it)
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+async def test_a_link_that_was_ended_is_on_the_disk_when_that_is_answered(
+    node: Node, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        with caller(site, local=True) as owner:
+            link = _number(owner.call("share", all=True)["ticket"])
+            assert synced == []
+            assert owner.call("unshare", id=link)["id"] == link
+            assert synced == [0], "none was left then"
+
+    def sync() -> None:
+        synced.append(node.store._db.one("SELECT count(*) FROM tickets")[0])
+
+    synced: list[int] = []
+    monkeypatch.setattr(node.store, "sync", sync)
+    await asyncio.to_thread(end)
+
+
+async def test_links_are_listed_and_ended_by_who_made_them_and_by_owners(node: Node, site: Site) -> None:
+    def attack() -> None:
+        device = new_device()
+        mine, other = (site.issue("local", "echo", modes=("watch",)) for _ in range(2))
+        everybody = site.client()
+        everybody.connect(name="work", want="named")
+        maker = caller(site, mine, device)
+        made, owned = maker.call("share", session="work", mode="watch"), everybody.call("share", all=True)
+        guest = caller(site, owned["ticket"])
+        strangers = [caller(site, other), caller(site, site.issue("bob", "*"))]
+        first, all_of_them = _number(made["ticket"]), {_number(made["ticket"]), _number(owned["ticket"])}
+
+        def seen(raw: Raw) -> set[str]:
+            return {each["id"] for each in raw.call("shares")["shares"]}
+
+        for call in (guest.call("shares"), guest.call("unshare", id=first), guest.call("unshare", id="0" * 16)):
+            assert (call.code, call.message) == (
+                Code.DENIED, "A share link neither shows nor ends links; ask who gave it to you.",
+            )  # fmt: skip
+        for raw in strangers:
+            assert seen(raw) == set()
+            assert raw.call("unshare", id=first).code == Code.NOT_FOUND
+        assert seen(everybody) == all_of_them
+        assert seen(maker) == {first}
+        assert maker.call("unshare", id=_number(owned["ticket"])).code == Code.NOT_FOUND
+        for wrong in ("", first[:7], first + "0", first.upper() + "G", made["ticket"], "%" * 8, first[:8] + "\n"):
+            refused = everybody.call("unshare", id=wrong)
+            assert refused.code == Code.BAD_REQUEST, wrong
+            assert made["ticket"] not in refused.message
+        assert seen(everybody) == all_of_them
+        for same in (caller(site, mine), caller(site, other, device)):
+            assert seen(same) == {first}, "the same token elsewhere, the same device with another one"
+            same.close()
+        assert maker.call("unshare", id=first)["issuer"] == device.id.hex()[:16]
+        assert maker.call("unshare", id=first).code == Code.NOT_FOUND
+        assert everybody.call("unshare", id=_number(owned["ticket"]))["session"] is None
+        assert guest.ended()
+        for raw in (everybody, maker, guest, *strangers):
+            raw.close()
+
+    await asyncio.to_thread(attack)

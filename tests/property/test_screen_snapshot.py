@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -46,6 +47,36 @@ def test_repainted_is_the_same_now_and_later(cut: bool) -> None:
     print("first seed", BASE)
     compared = sum(run(BASE + number, cut=cut) for number in range(80))
     assert compared > 50
+
+
+def stops(terminal: GhosttyTerminal) -> list[int]:
+    """The columns of its tab stops, from 1."""
+    return [int(column) for column in re.findall(rb"\[(\d+)G\x1bH", terminal.state().tab_stops)]
+
+
+def test_a_smaller_terminal_is_left_without_what_it_cannot_show() -> None:
+    print("first seed", BASE)
+    cut = 0
+    for number in range(40):
+        r = random.Random(BASE + number)
+        cols, rows = r.choice(SIZES)
+        original = GhosttyTerminal(cols, rows, 50)
+        original.feed(b"".join(pieces(r, cols, rows, 60, alternate=True)) + b"\x18")
+        few, low = r.randint(2, cols), r.randint(3, rows)
+        smaller = GhosttyTerminal(few, low, 1000)
+        smaller.feed(b"".join(b"mine %d\r\n" % line for line in range(3 * low)))
+        above = smaller.cells(scrollback=True)[:-low]
+        smaller.feed(original.snapshot(scrollback=False))
+        kept = [column for column in stops(original) if column < few or column == few == cols]
+        wanted = [*kept, few] if cols in stops(original) and few < cols else kept
+        assert stops(smaller) == wanted, f"seed {BASE + number}: {cols} x {rows} on {few} x {low}"
+        wrapped = original.state(scrollback=False).main.rows
+        first = next((y for y, row in enumerate(wrapped, 1) if not row.wrapped), rows)
+        if first * -(-cols // few) + 1 < low:
+            smaller.feed(b"\x18\x1b[?1049l")
+            assert smaller.cells(scrollback=True)[:-low] == above, f"seed {BASE + number}: {few} x {low}"
+            cut += low < rows
+    assert cut > 5
 
 
 def test_packing_keeps_everything() -> None:

@@ -1,4 +1,5 @@
-"""Share tickets in the node's store: they end with the access of who made them, and nobody makes another's go."""
+"""Share tickets in the node's store: they end with the access of who made them, or when that is said; nobody makes
+another's go."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sterna.errors import Code, StorageError
-from sterna.ids import DeviceId
+from sterna.ids import AttachmentId, DeviceId
 from sterna.node import tickets
 from sterna.node.schema import Issuer
 from sterna.node.store import Store
@@ -144,6 +145,15 @@ def test_no_ticket_outlives_the_token_of_who_made_it(db: Store) -> None:
     assert code(lambda: share(db, issuer, now=until)) is Code.EXPIRED
 
 
+def test_use_never_cuts_a_ticket_short(db: Store) -> None:
+    hashed, expires = share(db, ttl=KEPT + 10 * DAY), NOW + KEPT + 10 * DAY
+    for day, until in ((0, expires), (9, expires), (11, NOW + KEPT + 11 * DAY)):
+        found = db.redeem_ticket(hashed, GUEST, NOW + day * DAY)
+        assert found is not None
+        assert found.expires == until
+    assert db.redeem_ticket(hashed, GUEST, expires) is not None
+
+
 # ---- too many ------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +196,113 @@ def test_of_a_tenants_tickets_none_that_is_in_use_goes_for_anothers(db: Store, m
     assert code(lambda: share(db, OWNER)) is Code.LIMIT
 
 
+# ---- listed and ended ----------------------------------------------------------------------------------------------
+
+
+def test_who_may_see_a_ticket(db: Store) -> None:
+    work = make(db, name="work")
+    one, two, up = b"1" * 32, b"2" * 32, b"3" * 32
+    db.add_ticket(one, "ada", work.number, "bash", "watch", NOW + DAY, NOW, WATCHER)
+    db.add_ticket(two, "ada", None, "*", "drive", NOW + 2 * DAY, NOW, OWNER)
+    db.add_ticket(up, "ada", None, "*", "drive", NOW + 3 * DAY, NOW)
+    db.add_ticket(b"4" * 32, "bob", None, "*", "drive", NOW + DAY, NOW, Issuer(MINE, TOKEN))
+    db.add_ticket(b"5" * 32, "ada", None, "*", "drive", NOW + 1, NOW, WATCHER)
+    db.put_device(GUEST, KEY, "ada", "phone", NOW)
+    db.put_device(GUEST, KEY, "bob", "other", NOW)
+    db.redeem_ticket(two, GUEST, NOW)
+
+    def seen(whose: Issuer, **page: int) -> list[bytes]:
+        return [row.hash for row in db.shares("ada", whose, NOW + 1, **page)]
+
+    assert seen(Issuer(GUEST, "t")) == [one, up, two], "an owner sees all of its tenant's"
+    assert seen(OWNER, limit=2) == [one, up]
+    assert seen(OWNER, limit=2, start=2) == [two]
+    assert seen(WATCHER) == [one]
+    assert seen(Issuer(GUEST, TOKEN, owner=False)) == [one], "the same token"
+    assert seen(Issuer(MINE, "t", owner=False)) == [one], "the same device"
+    assert seen(Issuer(GUEST, "t", owner=False)) == []
+    assert seen(Issuer(GUEST, "", owner=False)) == [], "those that no token made are nobody's but an owner's"
+    first, _, last = db.shares("ada", OWNER, NOW + 1)
+    assert (first.name, first.agent, first.mode, first.device, first.label) == ("work", "bash", "watch", None, None)
+    assert (first.uid, first.issuer, first.expires) == (work.uid, MINE, NOW + DAY)
+    assert (last.uid, last.name, last.agent, last.device, last.label) == (None, None, None, GUEST, "phone")
+
+
+def came(db: Store, number: int, device: DeviceId, ticket: bytes) -> AttachmentId:
+    """An attachment that a CONNECT made, with a share ticket or without one."""
+    attachment = attach(db, number, device)
+    db.add_attachment(attachment, number, device, "drive", False, NOW, ticket=ticket)
+    db.remember_request(device, attachment, number, attachment, NOW)
+    return attachment
+
+
+def test_an_ended_ticket_takes_with_it_what_came_by_it_and_nothing_else(db: Store) -> None:
+    here, there = make(db).number, make(db).number
+    ended, other, theirs = bound(db), bound(db), share(db)
+    db.redeem_ticket(theirs, OTHER, NOW)
+    gone = [came(db, here, GUEST, ended), came(db, there, GUEST, ended)]
+    kept = [came(db, here, GUEST, other), came(db, here, GUEST, b""), came(db, here, OTHER, theirs)]
+    assert db.end_ticket("bob", ended) == [], "another tenant's"
+    assert held(db, [ended]) == [True]
+    assert sorted(db.end_ticket("ada", ended)) == sorted(zip(gone, (here, there), strict=True))
+    assert db.end_ticket("ada", ended) == []
+    for _ in range(2):
+        assert held(db, [ended, other, theirs]) == [False, True, True]
+        assert db.redeem_ticket(ended, GUEST, NOW) is None
+        assert [db.attachment(each) is not None for each in gone + kept] == [False] * 2 + [True] * 3
+        asked = zip([GUEST] * 4 + [OTHER], gone + kept, strict=True)
+        found = [db.find_request(device, request, NOW) for device, request in asked]
+        assert [row is not None for row in found] == [False] * 2 + [True] * 3
+        db = again(db)
+    db.close()
+
+
+def test_an_attachment_that_came_anew_by_a_token_outlives_the_ticket(db: Store) -> None:
+    number, ended = make(db).number, bound(db)
+    attachment = came(db, number, GUEST, ended)
+    db.add_attachment(attachment, number, GUEST, "drive", False, NOW)
+    assert db.end_ticket("ada", ended) == []
+    assert db.attachment(attachment) is not None
+
+
+def test_one_that_nobody_used_ends_alone(db: Store) -> None:
+    number, ended = make(db).number, share(db)
+    attachment = came(db, number, GUEST, bound(db))
+    assert db.end_ticket("ada", ended) == []
+    assert held(db, [ended]) == [False]
+    assert db.attachment(attachment) is not None
+
+
+@pytest.mark.parametrize("what", ["session", "all"])
+def test_attachments_from_before_end_with_every_ticket_that_may_have_let_them_in(db: Store, what: str) -> None:
+    here, there = make(db).number, make(db).number
+    hashed = os.urandom(32)
+    db.add_ticket(hashed, "ada", here if what == "session" else None, "*", "drive", NOW + DAY, NOW)
+    db.redeem_ticket(hashed, GUEST, NOW)
+    old = [came(db, here, GUEST, b"t"), came(db, there, GUEST, b"t"), came(db, here, OTHER, b"t")]
+    db._db.write("UPDATE attachments SET ticket = x''")
+    token = came(db, here, GUEST, b"")
+    db.end_ticket("ada", hashed)
+    assert [db.attachment(each) is None for each in (*old, token)] == [True, what == "all", False, False]
+
+
+def test_what_is_synced_is_on_the_disk_when_that_returns(db: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, list[tuple[str, int]]()
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    db.end_ticket("ada", share(db))
+    assert synced == []
+    db.sync()
+    assert synced == [(os.path.realpath(db.path) + "-wal", db.wal_bytes())]
+    monkeypatch.setattr(os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(StorageError, match="after a power failure, look again"):
+        db.sync()
+
+
 # ---- files from before ---------------------------------------------------------------------------------------------
 
 
@@ -201,7 +318,8 @@ def test_a_file_made_before_tickets_had_an_issuer_gets_what_it_lacks(db: Store) 
     db._db.write("DROP INDEX tickets_token")
     for column in ("issuer", "token", "until"):
         db._db.write(f"ALTER TABLE tickets DROP COLUMN {column}")
-    db._db.write("ALTER TABLE attachments DROP COLUMN guest")
+    for column in ("guest", "ticket"):
+        db._db.write(f"ALTER TABLE attachments DROP COLUMN {column}")
     untils = []
     for _ in range(2):
         db = again(db)
@@ -231,7 +349,7 @@ def test_an_attachment_says_how_its_device_came(db: Store) -> None:
     number = make(db).number
     attachment = attach(db, number)
     for guest in (True, False, True):
-        db.add_attachment(attachment, number, MINE, "drive", False, NOW, guest=guest)
+        db.add_attachment(attachment, number, MINE, "drive", False, NOW, ticket=b"t" * 32 if guest else b"")
         row = db.attachment(attachment)
         assert row is not None
         assert row.guest is guest

@@ -118,6 +118,33 @@ def test_without_scroll_back_the_lines_above_stay() -> None:
     assert "mine" in other.text(scrollback=True)
 
 
+@pytest.mark.parametrize("entered", [b"", b"\x1b[?1049h\x1b[Halt"], ids=["main", "alternate"])
+def test_a_lower_terminal_gets_no_lines_into_its_scroll_back(entered: bytes) -> None:
+    one, other = GhosttyTerminal(20, 9, 100), GhosttyTerminal(20, 5, 100)
+    one.feed(b"a line that is wrapped\r\n" + b"".join(b"%d\r\n" % line for line in range(6)) + b"$ " + entered)
+    other.feed(b"mine\r\n" * 9)
+    above = other.text(scrollback=True).split("\n")[:-5]
+    for _ in range(3):
+        other.feed(one.snapshot(scrollback=False))
+        assert other.state().margins == b""
+    other.feed(b"\x1b[?1049l")
+    shown = ["a line that is wrapp", "ed", "4", "5", "$"]
+    assert other.text(scrollback=True).split("\n") == above + shown
+
+
+@pytest.mark.parametrize("cols", [80, 81], ids=["none in the last column", "one there"])
+def test_tab_stops_of_a_wider_terminal_leave_none_in_the_last_column(cols: int) -> None:
+    one, other, same = (GhosttyTerminal(columns, 5, 100) for columns in (cols, 33, cols))
+    one.feed(b"\x1b[81G\x1bH\r" if cols == 81 else b"")
+    for each in (other, same):
+        each.feed(one.snapshot())
+    assert same.state().tab_stops == one.state().tab_stops
+    stops = [b"\x1b[%dG\x1bH" % column for column in (9, 17, 25, 33)]
+    assert other.state().tab_stops == b"\x1b[3g" + b"".join(stops[: 4 if cols == 81 else 3])
+    other.feed(b"\r\t\t\t\tx")
+    assert other.cursor() == (32, 0), "a tab goes there without a stop, too"
+
+
 @pytest.mark.parametrize(
     ("begin", "end"),
     [

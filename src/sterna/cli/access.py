@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sterna.trust.links import ShareLink
 
 _TTL_MAX_SECONDS = 30 * 86_400
+_SHARE_ID = re.compile("[0-9a-f]{8,16}")
 _TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
 _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 
@@ -31,19 +32,30 @@ _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # compared with, not listened on
 @click.option("--port", type=click.IntRange(1, 65535), help="Port in the link (default: the node's).")
 @click.option("--web-port", type=click.IntRange(1, 65535), help="Port of the web page in its link, as 443 of a proxy.")
 @click.option("--local", is_flag=True, help="The link is for this machine only.")
+@click.option("--list", "listed", is_flag=True, help="List the links that are out instead, never the links themselves.")
+@click.option("--end", metavar="ID", help="End the link with this id (from --list), and what came in by it.")
 @click.option("--state", type=click.Path(file_okay=False), envvar="STERNA_STATE", help="Directory of keys and state.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def share(
     session: str | None, every: bool, watch: bool, ttl: float, host: str | None, port: int | None,
-    web_port: int | None, local: bool, state: str | None, as_json: bool,
+    web_port: int | None, local: bool, listed: bool, end: str | None, state: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print a link and a QR code that open SESSION (or --all) on one other device: in its browser, or in a terminal.
 
-    Where no node runs on this machine, --host and --port also say which node is asked.
+    Where no node runs on this machine, and with --list and --end, --host and --port say which node is asked.
     """
     from sterna.cli.output import print_json
     from sterna.client.calls import pick
 
+    if listed or end is not None:
+        if session is not None or every or watch or local or web_port or (listed and end is not None):
+            raise UsageError("--list and --end make no link: leave everything else out but --json and the node.")
+        with _asked(state, host, port, end) as caller:
+            if end is None:
+                _print_shares(list(caller.pages("shares", "shares")), as_json=as_json)
+            else:
+                _print_ended(caller.call("unshare", id=end), as_json=as_json)
+        return
     if not 1 <= ttl <= _TTL_MAX_SECONDS:
         raise UsageError(f"A link lives for 1 second to {_TTL_MAX_SECONDS // 86_400} days: choose another --ttl.")
     if local and host is not None:
@@ -73,6 +85,52 @@ def share(
         _explain(link.terminal(), web, ttl, shared["name"], watch=watch, local=local)
     else:
         print(link.terminal())
+
+
+def _asked(state: str | None, host: str | None, port: int | None, end: str | None) -> Caller:
+    """Returns a connection to the node whose links are meant, if what is to be ended can be an id."""
+    from sterna.cli.target import reach
+
+    if end is not None and _SHARE_ID.fullmatch(end) is None:
+        raise UsageError(
+            "That is no link's id (16 hex digits, or the first 8 or more): `sterna share --list` has it, and the link "
+            "itself is never given."
+        )
+    return reach(state=state, host=host, port=port)
+
+
+def _print_shares(shares: list[dict[str, Any]], *, as_json: bool) -> None:
+    from sterna.cli.output import print_json, print_table, until
+
+    if as_json:
+        print_json({"shares": shares})
+        return
+    rows = [
+        (
+            each["id"],
+            each["name"] if each["session"] is not None else "all",
+            each["agent"] or "",
+            each["mode"],
+            each["issuer"],
+            until(each["expires"]),
+            each["device"] or "",
+            each["label"] or "",
+        )
+        for each in shares
+    ]
+    print_table(("LINK", "SESSION", "AGENT", "MODE", "MADE BY", "EXPIRES", "USED BY", "LABEL"), rows)
+
+
+def _print_ended(share: dict[str, Any], *, as_json: bool) -> None:
+    from sterna.cli.output import print_json
+    from sterna.ids import clean_label
+
+    if as_json:
+        print_json(share)
+        return
+    what = clean_label(share["name"]) if share["session"] is not None else "all sessions"
+    used = f"the device {share['device']} is out" if share["device"] is not None else "nobody had used it"
+    print(f"Ended the link {share['id']} to {what}: {used}.")
 
 
 def _link(shared: dict[str, Any], host: str, port: int, page: int) -> ShareLink:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -61,13 +63,16 @@ def add_names(command: click.Command) -> None:
             sessions, agents = True, False
         elif parameter.name in _AGENTS and command.name not in ("pod", "up"):
             sessions, agents = False, True
+        elif parameter.name == "end":
+            parameter._custom_shell_complete = _completer(_shares)
+            continue
         else:
             continue
-        parameter._custom_shell_complete = _completer(sessions=sessions, agents=agents)
+        parameter._custom_shell_complete = _completer(partial(_names, sessions=sessions, agents=agents))
 
 
 def _completer(
-    *, sessions: bool, agents: bool
+    ask: Callable[[str | None], list[tuple[str, str]]],
 ) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     def complete(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
@@ -76,7 +81,7 @@ def _completer(
             return []
         return [
             CompletionItem(name, help=about)
-            for name, about in _names(ctx.params.get("state"), sessions=sessions, agents=agents)
+            for name, about in ask(ctx.params.get("state"))
             if name.startswith(incomplete)
         ]
 
@@ -84,7 +89,24 @@ def _completer(
 
 
 def _names(state: str | None, *, sessions: bool, agents: bool) -> list[tuple[str, str]]:
-    """Returns names with a word on each, asked of the node on this machine; none, silently, if it does not answer."""
+    """Returns names with a word on each, asked of the node on this machine."""
+    found = _called(state, "list")
+    names: dict[str, str] = {}
+    if sessions:
+        names |= {each["name"]: f"session, {each['state']}" for each in found["sessions"]}
+    if agents:
+        names |= {each["name"]: "agent" for each in found["agents"] if each["name"] not in names}
+    return sorted(names.items())
+
+
+def _shares(state: str | None) -> list[tuple[str, str]]:
+    """Returns the ids of links with what each is for."""
+    found = _called(state, "shares")["shares"]
+    return [(each["id"], f"{each['mode']}, {each['name'] if each['session'] else 'all'}") for each in found]
+
+
+def _called(state: str | None, method: str) -> Mapping[str, list[dict[str, Any]]]:
+    """Returns lists from the node on this machine; empty ones, silently, if it does not answer."""
     import os
 
     from sterna.client.calls import Caller
@@ -93,13 +115,8 @@ def _names(state: str | None, *, sessions: bool, agents: bool) -> list[tuple[str
 
     try:
         with Caller(find(state=state or os.environ.get("STERNA_STATE")), timeout=_ASK_SECONDS) as caller:
-            found = caller.call("list")
+            found: dict[str, Any] = caller.call(method)
     except (SternaError, OSError):
         # A broken completion must not write on the line that is being typed.
-        return []
-    names: dict[str, str] = {}
-    if sessions:
-        names |= {each["name"]: f"session, {each['state']}" for each in found["sessions"]}
-    if agents:
-        names |= {each["name"]: "agent" for each in found["agents"] if each["name"] not in names}
-    return sorted(names.items())
+        return defaultdict(list)
+    return found

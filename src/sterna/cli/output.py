@@ -58,6 +58,11 @@ def when(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+def until(seconds: int) -> str:
+    """Returns a time to come (Unix seconds): in how long on a terminal, else in ISO 8601 (UTC)."""
+    return "in " + in_words(int(max(seconds - time.time(), 0))) if sys.stdout.isatty() else when(seconds)
+
+
 def ending(session: dict[str, Any]) -> str:
     """Returns how a session's program ended, "" while it runs."""
     if session["signal"] is not None:

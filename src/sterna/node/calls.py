@@ -1,4 +1,4 @@
-"""What clients may CALL: list, info, share, devices, revoke, rename, close, capture (docs/protocol.md, section 6)."""
+"""What clients may CALL, and who may (docs/protocol.md, section 6)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from sterna.clock import SYSTEM_CLOCK
 from sterna.errors import Code, RefusedError, SternaError
 from sterna.ids import DeviceId, check_name, clean_label, uid_of
 from sterna.node.doorkeeper import Visitor
-from sterna.node.schema import Issuer
+from sterna.node.schema import Issuer, ShareRow
 from sterna.node.store import DEVICES_PER_TENANT_MAX, REVOKED_TEXT, DeviceRow, SessionRow
 from sterna.node.table import AGENT_NAME_TEXT
+from sterna.node.tickets import ENDED_TEXT, TICKETS_PER_TENANT_MAX
 from sterna.protocol import messages
 from sterna.protocol.states import Cause, State
 from sterna.trust.tickets import new_ticket
@@ -25,6 +26,8 @@ from sterna.units import SECOND
 if TYPE_CHECKING:
     from sterna.node.app import Node
     from sterna.node.clients import ClientConnection
+    from sterna.protocol.attachment import Attachment
+    from sterna.protocol.session import Session
 
 _PAGE = 100
 _VALUE_MAX_BYTES = limits.PAYLOAD_MAX_BYTES - 1024
@@ -33,6 +36,7 @@ _TOKEN_TTL_MAX_SECONDS = 10 * 365 * 86_400
 _TOKEN_ID = re.compile("[0-9a-f]{32}|file-[0-9a-f]{16}")
 _DEVICE_ID = re.compile("[0-9a-f]{64}")
 _TTL_MAX_SECONDS = 30 * 86_400
+_SHARE_ID = re.compile("[0-9a-f]{8,16}")
 
 
 class _Which(msgspec.Struct, gc=False):
@@ -55,6 +59,12 @@ class _Share(msgspec.Struct, gc=False):
     all: bool = False
     mode: str = "drive"
     ttl: int = 600
+
+
+class _Unshare(msgspec.Struct, gc=False):
+    """A share ticket to be ended, by its id: the first 16 hex digits of its hash, or 8 or more of them."""
+
+    id: str
 
 
 class _Rename(msgspec.Struct, gc=False):
@@ -94,6 +104,8 @@ class Calls:
             "info": (self._info, _Which),
             "node": (self._about, _Page),
             "share": (self._share, _Share),
+            "shares": (self._shares, _Page),
+            "unshare": (self._unshare, _Unshare),
             "devices": (self._devices, _Page),
             "revoke": (self._revoke, _Revoke),
             "rename": (self._rename, _Rename),
@@ -248,9 +260,8 @@ class Calls:
         text, hashed = new_ticket()
         wall = SYSTEM_CLOCK.wall()
         number, agents = (row.number, row.agent) if row is not None else (None, "*")
-        issuer = Issuer(visitor.device, visitor.token, visitor.expires * SECOND, visitor.owner)
         expires = self._node.store.add_ticket(
-            hashed, visitor.tenant, number, agents, mode, wall + request.ttl * SECOND, wall, issuer
+            hashed, visitor.tenant, number, agents, mode, wall + request.ttl * SECOND, wall, _issuer(visitor)
         )
         return {
             "ticket": text,
@@ -261,6 +272,47 @@ class Calls:
             "expires": expires // SECOND,
             **self._about(visitor, _Page()),
         }
+
+    def _shares(self, visitor: Visitor, page: _Page) -> dict[str, Any]:
+        self._no_guest(visitor)
+        start = min(max(page.after, 0), TICKETS_PER_TENANT_MAX)
+        wall = SYSTEM_CLOCK.wall()
+        rows = self._node.store.shares(visitor.tenant, _issuer(visitor), wall, _PAGE + 1, start)
+        return {"shares": [_shown(row) for row in rows[:_PAGE]], "next": start + _PAGE if len(rows) > _PAGE else 0}
+
+    def _unshare(self, visitor: Visitor, request: _Unshare) -> dict[str, Any]:
+        self._no_guest(visitor)
+        if _SHARE_ID.fullmatch(request.id) is None:
+            raise RefusedError(Code.BAD_REQUEST, "That is no link's id: give the 16 digits, or 8 or more of them.")
+        store, now = self._node.store, SYSTEM_CLOCK.monotonic()
+        rows = store.shares(visitor.tenant, _issuer(visitor), SYSTEM_CLOCK.wall())
+        found = [row for row in rows if row.hash.hex().startswith(request.id)]
+        if len(found) != 1:
+            raise RefusedError(
+                Code.NOT_FOUND, "No link of yours, or more than one, has that id; `sterna share --list` shows them."
+            )
+        hashed, left = found[0].hash, []
+        for attachment_id, number in store.end_ticket(visitor.tenant, hashed):
+            session = self._node.table.loaded(number)
+            attachment = session.attachments.get(attachment_id) if session is not None else None
+            if session is not None and attachment is not None:
+                left.append(attachment.link)
+                self._drop(session, attachment, Code.DENIED, ENDED_TEXT, now)
+        for connection in self._node.connections:
+            caller = connection.visitor
+            if caller is not None and caller.ticket == hashed:
+                connection.visitor = None  # no more CALLs
+                connection.watch()
+            elif caller is not None or connection.link not in left:
+                continue
+            if not connection.living:
+                connection.link.fail(Code.DENIED, ENDED_TEXT)
+        store.sync()
+        return _shown(found[0])
+
+    def _no_guest(self, visitor: Visitor) -> None:
+        if visitor.guest:
+            raise RefusedError(Code.DENIED, "A share link neither shows nor ends links; ask who gave it to you.")
 
     # ---- node, devices, tokens ---------------------------------------------------------------------------------
 
@@ -319,9 +371,7 @@ class Calls:
             if session.tenant == visitor.tenant:
                 for attachment in list(session.attachments.values()):
                     if attachment.device == device:
-                        session.drop(attachment, Code.REVOKED, REVOKED_TEXT, now)
-                        self._node.table.store_state(session)
-                        self._node.ticker.watch(session)
+                        self._drop(session, attachment, Code.REVOKED, REVOKED_TEXT, now)
         for connection in self._node.connections:
             caller = connection.visitor
             if caller is not None and (caller.tenant, caller.device) == (visitor.tenant, device):
@@ -332,6 +382,11 @@ class Calls:
             if caller is not visitor and not connection.living:
                 connection.link.fail(Code.REVOKED, REVOKED_TEXT)
         return {"device": device.hex()}
+
+    def _drop(self, session: Session, attachment: Attachment, code: Code, text: str, now: int) -> None:
+        session.drop(attachment, code, text, now)
+        self._node.table.store_state(session)
+        self._node.ticker.watch(session)
 
     def _device(self, tenant: str, which: str) -> DeviceId:
         """Returns the device of a tenant that an id in hex means, or 8 digits or more of its beginning."""
@@ -371,3 +426,22 @@ class Calls:
     def _admin(self, visitor: Visitor) -> None:
         if not visitor.admin:
             raise RefusedError(Code.DENIED, "Only the user whose node this is may do that, on its machine.")
+
+
+def _issuer(visitor: Visitor) -> Issuer:
+    return Issuer(visitor.device, visitor.token, visitor.expires * SECOND, visitor.owner)
+
+
+def _shown(row: ShareRow) -> dict[str, Any]:
+    """Returns a share ticket as it is listed."""
+    return {
+        "id": row.hash.hex()[:16],
+        "name": row.name,
+        "session": row.uid.hex() if row.uid is not None else None,
+        "agent": row.agent,
+        "mode": row.mode,
+        "issuer": row.issuer.hex()[:16],
+        "expires": row.expires // SECOND,
+        "device": row.device.hex()[:16] if row.device is not None else None,
+        "label": row.label,
+    }

@@ -13,6 +13,7 @@ from sterna.ids import AttachmentId, DeviceId, SessionUid, check_name, clean_lab
 from sterna.node.doorkeeper import Visitor
 from sterna.node.pods import RESTARTED_TEXT
 from sterna.node.store import REVOKED_TEXT, AttachmentRow, SessionRow
+from sterna.node.tickets import ENDED_TEXT
 from sterna.protocol import messages
 from sterna.protocol.attachment import Attachment
 from sterna.protocol.codec import Frame
@@ -371,7 +372,7 @@ class ClientConnection:
             live = self.node.table.loaded(row.number)
             connected = live.attachments if live is not None else ()
             store.add_attachment(
-                attachment_id, row.number, visitor.device, body.mode, body.exact, wall, connected, visitor.guest
+                attachment_id, row.number, visitor.device, body.mode, body.exact, wall, connected, visitor.ticket
             )
             store.remember_request(visitor.device, body.request, row.number, attachment_id, wall)
         return row, created
@@ -394,6 +395,9 @@ class ClientConnection:
         device = self.node.store.device(attachment.device, session.tenant)
         if device is not None and device.revoked:
             self.link.refuse(attachment.handle, Code.REVOKED, REVOKED_TEXT)
+            return
+        if guest and self.node.store.attachment(attachment.id) is None:
+            self.link.refuse(attachment.handle, Code.DENIED, ENDED_TEXT)
             return
         full = no_place(session, attachment, guest=guest)
         if full:
@@ -515,6 +519,9 @@ class ClientConnection:
             known = self.node.store.device(row.device, session.tenant)
             if known is not None and known.revoked:  # while the agent was waited for
                 self.link.refuse(handle, Code.REVOKED, REVOKED_TEXT)
+                return
+            if row.guest and self.node.store.attachment(row.id) is None:
+                self.link.refuse(handle, Code.DENIED, ENDED_TEXT)
                 return
             full = no_place(session, attachment, guest=row.guest)
             if full:

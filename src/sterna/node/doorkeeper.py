@@ -23,7 +23,7 @@ from sterna.units import SECOND
 log = logging.getLogger("sterna.node.doorkeeper")
 
 _DENIED = "Access denied: the token, ticket or key is not valid for this."
-_TICKET = "This link is not valid: it was used by another device already, or it expired; ask for a new one."
+_TICKET = "This link is not valid: another device used it already, it expired, or it was ended; ask for a new one."
 _WATCH_ONLY = "This access is for looking on only: use --watch, or ask for access that allows typing."
 _MINUTE = 60 * SECOND
 _ADDRESSES_MAX = 10_000
@@ -37,13 +37,14 @@ _NOBODY = device_keys.nobody()
 class Visitor:
     """Who is behind a connection once CONNECT was proved: its tenant, device, and what it may use.
 
-    `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch". `guest` says
-    that a ticket let it in, `admin` that it is the node's own user (by the local token). `token` is the id of what let
-    it in otherwise, "" for the node's own user, and `expires` when that is over, in Unix seconds (0: never).
+    `session` (a number) limits a ticket's holder to one session; `modes` holds "drive" and/or "watch". `ticket` is the
+    hash of the ticket that let it in, `admin` says that it is the node's own user (by the local token). `token` is the
+    id of what let it in otherwise, "" for the node's own user, and `expires` when that is over, in Unix seconds (0:
+    never).
     """
 
     __slots__ = (
-        "admin", "agents", "device", "expires", "guest", "label", "modes", "public", "session", "tenant", "token",
+        "admin", "agents", "device", "expires", "label", "modes", "public", "session", "tenant", "ticket", "token",
     )  # fmt: skip
 
     def __init__(
@@ -55,9 +56,15 @@ class Visitor:
         self.agents = agents
         self.modes = modes
         self.session: int | None = None
-        self.guest = self.admin = False
+        self.admin = False
         self.label = self.token = ""
+        self.ticket = b""
         self.expires = 0
+
+    @property
+    def guest(self) -> bool:
+        """Whether a ticket let it in."""
+        return bool(self.ticket)
 
     @property
     def owner(self) -> bool:
@@ -160,7 +167,7 @@ class Doorkeeper:
         if ticket is not None:
             visitor = Visitor(ticket.tenant, device, body.key, (ticket.agents,), frozenset((ticket.mode,)))
             visitor.session = ticket.session
-            visitor.guest = True
+            visitor.ticket = hashed
         else:
             try:
                 grant = self._access.grant(body.credential, wall // SECOND, self._revoked)

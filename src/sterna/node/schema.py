@@ -61,7 +61,8 @@ TABLES = (
     CREATE TABLE attachments (
         id BLOB PRIMARY KEY, session INTEGER NOT NULL, device INTEGER NOT NULL, agent TEXT NOT NULL,
         open INTEGER NOT NULL, mode TEXT NOT NULL, exact INTEGER NOT NULL, counter INTEGER NOT NULL,
-        race BLOB NOT NULL, used INTEGER NOT NULL, guest INTEGER NOT NULL DEFAULT 0
+        race BLOB NOT NULL, used INTEGER NOT NULL, guest INTEGER NOT NULL DEFAULT 0,
+        ticket BLOB NOT NULL DEFAULT x''
     ) WITHOUT ROWID
     """,
     "CREATE INDEX attachments_session ON attachments (session, used)",
@@ -109,6 +110,7 @@ ADDED_COLUMNS = {
         )
         """,
     ),
+    ("attachments", "ticket"): ("ALTER TABLE attachments ADD COLUMN ticket BLOB NOT NULL DEFAULT x''",),
 }
 """The columns that such files may lack, and what adds them."""
 
@@ -215,6 +217,23 @@ class TicketRow(msgspec.Struct, frozen=True, gc=False):
     agents: str
     mode: Mode
     expires: int
+
+
+class ShareRow(msgspec.Struct, frozen=True, gc=False):
+    """A share ticket that is out: by its hash, with the session it is for (None: all of them) and its issuer's device.
+
+    `device` is what uses it, None if nobody has yet; `expires` is in Unix nanoseconds.
+    """
+
+    hash: bytes
+    uid: SessionUid | None
+    name: str | None
+    agent: str | None
+    mode: Mode
+    expires: int
+    issuer: bytes
+    device: DeviceId | None
+    label: str | None
 
 
 class Issuer(msgspec.Struct, frozen=True, gc=False):

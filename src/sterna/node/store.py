@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sterna import limits
-from sterna.errors import Code, RefusedError
+from sterna.errors import Code, RefusedError, StorageError
 from sterna.ids import AttachmentId, DeviceId, LogId, SessionUid, check_name, clean_label
 from sterna.node.database import DamagedError, Database, Transaction
 from sterna.node.revocations import Revocations, device_line, token_line
@@ -118,6 +118,19 @@ class Store(Tickets):
     def checkpoint(self) -> bool:
         """Brings everything onto the disk; for a worker thread. False if writers were too busy to finish: try later."""
         return self._db.checkpoint()
+
+    def sync(self) -> None:
+        """Brings what was written onto the disk at once, for what no power failure may undo; it waits for that."""
+        try:
+            descriptor = os.open(self.path + "-wal", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(
+                f"It is done, but the disk does not confirm it ({error.strerror}): after a power failure, look again."
+            ) from error
 
     def _join_revocations(self) -> None:
         """Revokes anew what the database lacks, because it was damaged or its last commits were lost; and vice versa.
@@ -500,10 +513,11 @@ class Store(Tickets):
         exact: bool,
         now: int,
         connected: Collection[bytes] = (),
-        guest: bool = False,
+        ticket: bytes = b"",
     ) -> None:
         """Remembers an attachment of a session and a device of its tenant; one that is known moves to this session.
 
+        `ticket` is the hash of the share ticket by which the device came, if it did.
         A session keeps ATTACHMENTS_MAX drivers and WATCHERS_MAX watchers: of the same mode, the one longest unused
         goes (of a device that has more than a quarter of them, its own), but none of `connected`. A counter that was
         spent stays spent. Raises RefusedError: `NOT_FOUND` if session or device is unknown, `EXISTS` if the id is
@@ -521,12 +535,15 @@ class Store(Tickets):
             raise RefusedError(Code.EXISTS, "This attachment is another device's: connect with a new one.")
         with self._db.transaction:
             self._db.write(
-                "INSERT INTO attachments (id, session, device, agent, open, mode, exact, counter, race, used, guest) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, x'', ?, ?) ON CONFLICT (id) DO UPDATE SET session = excluded.session, "
-                "agent = excluded.agent, open = excluded.open, mode = excluded.mode, exact = excluded.exact, "
-                "used = excluded.used, guest = excluded.guest",
-                (attachment_id, session, row[0], row[1], int(row[2] > CLOSED_PHASE), mode, exact, now, guest),
-            )
+                "INSERT INTO attachments (id, session, device, agent, open, mode, exact, counter, race, used, guest, "
+                "ticket) VALUES (?, ?, ?, ?, ?, ?, ?, 0, x'', ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "session = excluded.session, agent = excluded.agent, open = excluded.open, mode = excluded.mode, "
+                "exact = excluded.exact, used = excluded.used, guest = excluded.guest, ticket = excluded.ticket",
+                (
+                    attachment_id, session, row[0], row[1], int(row[2] > CLOSED_PHASE), mode, exact, now, bool(ticket),
+                    ticket,
+                ),
+            )  # fmt: skip
             # Whoever may only watch must not be able to make the session forget who drives it.
             known = self._db.all(
                 "SELECT id, device = ? FROM attachments WHERE session = ? AND mode = ? ORDER BY used",

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from sterna import limits
 from sterna.errors import Code, RefusedError
-from sterna.node.schema import Issuer, TicketRow
+from sterna.node.schema import Issuer, ShareRow, TicketRow
 from sterna.units import SECOND
 
 if TYPE_CHECKING:
-    from sterna.ids import DeviceId
+    from sterna.ids import AttachmentId, DeviceId
     from sterna.node.database import Database
     from sterna.protocol.messages import Mode
 
@@ -24,6 +24,7 @@ END_ISSUED = (
     "WHERE d.tenant = tickets.tenant AND d.device = tickets.issuer AND d.revoked = 1)"
 )
 """Ends the tickets of all whose access was revoked."""
+ENDED_TEXT = "The share link that let you in was ended: ask for a new one."
 _NODE_USER = Issuer()
 _TICKET_KEPT, _DAY = limits.TICKET_KEPT_SECONDS * SECOND, 86_400 * SECOND
 
@@ -32,6 +33,7 @@ class Tickets:
     """The store's part for share tickets, and what it knows of revoked tokens."""
 
     _db: Database
+    _requests: int
     _revoked: frozenset[str] | None
 
     def revoked_tokens(self) -> frozenset[str]:
@@ -113,6 +115,46 @@ class Tickets:
             expires = max(expires, kept)
             self._db.write("UPDATE tickets SET device = ?, expires = ? WHERE hash = ?", (device, expires, hashed))
         return TicketRow(tenant, session, agents, mode, expires)
+
+    def shares(
+        self, tenant: str, whose: Issuer, now: int, limit: int = TICKETS_PER_TENANT_MAX, start: int = 0
+    ) -> list[ShareRow]:
+        """Returns `limit` tickets of a tenant from the `start`th on that have not expired, the first to expire first.
+
+        An owner gets all of them, others what their token or their device issued.
+        """
+        rows = self._db.all(
+            "SELECT t.hash, s.uid, s.name, s.agent, t.mode, t.expires, t.issuer, t.device, d.label FROM tickets t "
+            "LEFT JOIN sessions s ON s.number = t.session "
+            "LEFT JOIN devices d ON d.tenant = t.tenant AND d.device = t.device "
+            "WHERE t.tenant = ? AND t.expires > ? AND (? OR t.issuer = ? OR (t.token = ? AND t.token != '')) "
+            "ORDER BY t.expires, t.hash LIMIT ? OFFSET ?",
+            (tenant, now, whose.owner, whose.device, whose.token, limit, start),
+        )
+        return [ShareRow(*row) for row in rows]
+
+    def end_ticket(self, tenant: str, hashed: bytes) -> list[tuple[AttachmentId, int]]:
+        """Forgets a ticket, and the attachments that came by it; returns those, each with its session's number."""
+        with self._db.transaction:
+            # Of those from before it was noted by which ticket they came, all that may have come by this one.
+            gone = self._db.all(
+                "SELECT a.id, a.session FROM tickets t JOIN devices d ON d.tenant = t.tenant AND d.device = t.device "
+                "JOIN attachments a ON a.device = d.row AND a.guest = 1 AND (a.ticket = t.hash "
+                "OR (a.ticket = x'' AND (t.session IS NULL OR t.session = a.session))) "
+                "WHERE t.tenant = ? AND t.hash = ?",
+                (tenant, hashed),
+            )
+            for attachment_id, _session in gone:
+                # What is asked again is not answered with what is gone.
+                self._db.write(
+                    "DELETE FROM requests WHERE attachment = ?1 AND device = (SELECT d.device FROM attachments a "
+                    "JOIN devices d ON d.row = a.device WHERE a.id = ?1)",
+                    (attachment_id,),
+                )
+                self._db.write("DELETE FROM attachments WHERE id = ?", (attachment_id,))
+            self._db.write("DELETE FROM tickets WHERE tenant = ? AND hash = ?", (tenant, hashed))
+        self._requests = -1  # counted anew
+        return gone
 
     def purge_tickets(self, now: int, limit: int = BATCH_MAX) -> int:
         """Forgets tickets that have expired, at most `limit`; returns how many."""

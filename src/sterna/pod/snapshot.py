@@ -1,6 +1,7 @@
 """Writes a terminal's state as the bytes that repaint it on another terminal (docs/protocol.md, section 4).
 
-The bytes begin with resets, so they may go to a terminal in any state; it must have the same size. They use what
+The bytes begin with resets, so they may go to a terminal in any state; to be the same it must have the same size, a
+smaller one is left without what it cannot show: no tab stop and, without scroll-back, no lines. They use what
 "XTerm Control Sequences" documents, and are the same for the same state. What they cannot tell: images, marks of shell
 integration (OSC 133), the pointer's shape, synchronized output (2026), which of several mouse modes came last, what the
 alternate screen keeps while it is not shown, a soft wrap of the lowest line, a changed grapheme mode (2027) within the
@@ -251,14 +252,14 @@ def write_snapshot(state: TerminalState) -> bytes:
     out = bytearray(_prefix(state))
     # Without scroll-back, what the terminal has there must stay as it is, and some put there what ED clears: not so DL.
     erase = b"\x1b[H\x1b[J\x1b[3J" if state.scrollback else b"\x1b[H\x1b[%dM" % limits.SIZE_MAX_CELLS
-    out += _paint(state.main, erase=erase)
+    out += _paint(state.main, erase=erase, held=not state.scrollback)
     active = state.main
     if state.alternate is not None:
         # The main screen's cursor comes back from its saved one, or is the alternate screen's: it needs no place here.
         out += _save(state.main, state) + b"\x1b[%d q\x1b[?%dh\x1b[?6l" % (state.main.shape, state.entered)
         active = state.alternate
         out += _PLAIN + _ASCII + _paint(active, erase=b"\x1b[H\x1b[J")
-    out += state.tab_stops
+    out += _tabs(state)
     out += _save(active, state) + b"\x1b[?6l"
     out += _modes(state)
     out += state.colors + state.modify_keys
@@ -315,6 +316,13 @@ def _modes(state: TerminalState) -> bytes:
     if state.ansi_modes.get(20):
         out += b"\x1b[20h"
     return bytes(out)
+
+
+def _tabs(state: TerminalState) -> bytes:
+    """Sets the tab stops; what is beyond the width of a narrower terminal must not leave one in its last column."""
+    last = b"\x1b[%dG\x1bH" % state.cols
+    out = state.tab_stops.replace(last, b"") + b"\x1b[%dG\x1b[0g" % limits.SIZE_MAX_CELLS
+    return out + last if last in state.tab_stops else out
 
 
 def _save(screen: ScreenState, state: TerminalState) -> bytes:
@@ -418,8 +426,12 @@ class _Brush:
         self.protected = False
 
 
-def _paint(screen: ScreenState, erase: bytes) -> bytes:
-    """Erases the screen and writes its rows from the top, each once; what is above the screen scrolls there."""
+def _paint(screen: ScreenState, erase: bytes, *, held: bool = False) -> bytes:
+    """Erases the screen and writes its rows from the top, each once; what is above the screen scrolls there.
+
+    With `held` there is nothing above: where a terminal is too low for all rows, they scroll below its first line (or
+    its first wrapped lines), within margins, and from there nothing goes into its scroll-back (but tmux's).
+    """
     out = bytearray(erase)
     out += b"\x1b[<16u\x1b[=%d;1u" % (screen.keyboard[0] if screen.keyboard else 0)
     for flags in screen.keyboard[1:]:
@@ -427,13 +439,18 @@ def _paint(screen: ScreenState, erase: bytes) -> bytes:
     brush = _Brush(out)
     before: Row | None = None
     rows = screen.rows
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
+    first = next((y for y, row in enumerate(rows, 1) if not row.wrapped), 0) if held else 0
+    for y, (row, after) in enumerate(zip(rows, [*rows[1:], None], strict=True)):
         if before is not None:
             _next_row(out, brush, before, row)
+            if y == first:
+                out += b"\x1b7\x1b[%dr\x1b8" % (y + 1)  # which else moves the cursor
         _paint_row(out, brush, row, after)
         # Scrolling fills the new line with the pen's background: it must be plain.
         brush.drop()
         before = row
+    if held:
+        out += b"\x1b[r"
     return bytes(out)
 
 
