@@ -60,11 +60,16 @@ class Greedy(ClientMachine):
         self.got += data
 
 
+@pytest.fixture
+def identity(tmp_path: Path) -> NodeIdentity:
+    return NodeIdentity.load(os.fspath(tmp_path / "node"), now_s=int(time.time()))
+
+
 class Sender:
     """A TLS server that sends `pieces`, each in records of its own, to its only client, and is silent from then on."""
 
-    def __init__(self, directory: Path, pieces: list[bytes]) -> None:
-        self.identity = NodeIdentity.load(os.fspath(directory), now_s=int(time.time()))
+    def __init__(self, identity: NodeIdentity, pieces: list[bytes]) -> None:
+        self.identity = identity
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(WAIT_SECONDS)
         self.address = (socket.AF_INET, self._listener.getsockname())
@@ -102,8 +107,8 @@ def pieces() -> list[bytes]:
 
 
 @pytest.fixture
-def sender(tmp_path: Path, pieces: list[bytes]) -> Iterator[Sender]:
-    made = Sender(tmp_path / "node", pieces)
+def sender(identity: NodeIdentity, pieces: list[bytes]) -> Iterator[Sender]:
+    made = Sender(identity, pieces)
     yield made
     made.close()
 
@@ -129,3 +134,81 @@ def test_a_line_leaves_nothing_behind(sender: Sender, pieces: list[bytes]) -> No
         line.deadline = time.monotonic() + 0.1
         with pytest.raises(TimeoutError):
             line.receive()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        made.settimeout(WAIT_SECONDS)
+        yield made
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16"], ids=["silent", "a-byte-now-and-then"])
+def test_a_line_waits_no_longer_than_it_was_told(listener: socket.socket, identity: NodeIdentity, said: bytes) -> None:
+    over = threading.Event()
+
+    def dribble() -> None:
+        sock, _ = listener.accept()
+        with sock, contextlib.suppress(OSError):
+            sock.sendall(said and b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc")  # a long record
+            while not over.wait(0.01):
+                sock.sendall(said)
+
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(TimeoutError):
+            Line((socket.AF_INET, listener.getsockname()), client_context(identity.ca), start + 0.1)
+    finally:
+        took = time.monotonic() - start
+        over.set()
+        thread.join()
+    assert 0.1 <= took < WAIT_SECONDS / 2
+
+
+class Reluctant:
+    """A socket that takes something only every other time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._calls = 0
+        self.fileno, self.recv = sock.fileno, sock.recv
+
+    def send(self, data: bytes) -> int:
+        self._calls += 1
+        if self._calls % 2:
+            raise BlockingIOError
+        return self._sock.send(data)
+
+
+def test_a_line_sends_all_and_waits_for_nobody_for_ever(listener: socket.socket, identity: NodeIdentity) -> None:
+    got, over = bytearray(), threading.Event()
+    data = os.urandom(300_000)
+
+    def take() -> None:
+        sock, _ = listener.accept()
+        with identity.server_context().wrap_socket(sock, server_side=True) as tls:
+            while len(got) < len(data) and (piece := tls.recv(65_536)):
+                got.extend(piece)
+            over.wait(WAIT_SECONDS)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        end = time.monotonic() + WAIT_SECONDS
+        with Line((socket.AF_INET, listener.getsockname()), client_context(identity.ca), end) as line:
+            assert line._tls is not None
+            line._tls.raw = Reluctant(line._sock)  # type: ignore[assignment]  # as good as one
+            line.send(data)
+            assert not line._tls.unsent
+            while len(got) < len(data):
+                assert time.monotonic() < end, f"{len(data) - len(got)} bytes did not come"
+                time.sleep(0.001)
+            assert got == data
+            line.deadline = time.monotonic() + 0.1
+            with pytest.raises(TimeoutError):
+                line.send(bytes(32 * 1024 * 1024))
+    finally:
+        over.set()
+        thread.join()

@@ -167,6 +167,18 @@ def test_all_frames_of_one_event_are_one_message() -> None:
     assert wire.data_to_send() == []
 
 
+def test_bytes_of_http_are_counted_until_they_are_sent() -> None:
+    wire = Wire()
+    for data in (b"abc", b"", b"de"):
+        wire.push(data)
+    assert wire.out_bytes == 5
+    assert wire.data_to_send() == [b"abc", b"de"]
+    assert wire.out_bytes == 0
+    wire.closing = True
+    wire.push(b"later")
+    assert (wire.out_bytes, wire.data_to_send()) == (0, [])
+
+
 def test_what_is_too_much_for_one_message_is_split_between_frames() -> None:
     wire, link = carried()
     sizes = [65_535] * 9 + [10] * 300 + [5_000] * 100 + [0, 15, 4_096]

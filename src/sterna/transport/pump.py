@@ -19,6 +19,7 @@ from sterna.transport.tls import TlsSocket
 READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
 _BUDGET_BYTES = READ_BYTES - _RECORD_BYTES
+_READS_MAX = 64  # each of them a TLS record, and what else comes before it
 _LINGER_SECONDS = 1.0
 _LINGER_MAX_BYTES = 4 * 1024 * 1024
 _READ_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -231,10 +232,11 @@ class Pump:
 
     def _read(self) -> None:
         """Reads what is there, at most one buffer, and hands it over in one piece."""
-        view, sock, tls, filled = self._reactor.view, self._sock, self._tls, 0
+        view, sock, tls, filled, reads = self._reactor.view, self._sock, self._tls, 0, 0
         reason, ended = "", False
         try:
-            while filled < _BUDGET_BYTES:
+            while filled < _BUDGET_BYTES and reads < _READS_MAX:
+                reads += 1
                 count = sock.recv_into(view[filled:] if filled else view)
                 if not count:
                     reason, ended = "closed by the other side", True

@@ -133,15 +133,14 @@ class QuicStream:
                 self.link.check()
             self.link.closing = True
             self.link.blocked = False
-            self.flush()
-            self._close("closed by the other side")
+            self.flush("closed by the other side")
 
     def _wake(self) -> None:
         if not self._marked:
             self._marked = True
             self._connection.reactor.mark(self)
 
-    def flush(self) -> None:
+    def flush(self, reason: str = "closed") -> None:
         """Sends what the link has; what the other side does not take waits, and blocks bulk data, until it does."""
         self._marked = False
         link = self.link
@@ -156,7 +155,7 @@ class QuicStream:
             self._connection.transmit()
             link.blocked = self._connection.unsent(self._number) >= SEND_HIGH_BYTES
         if link.closing:
-            self._close("closed")
+            self._close(reason)
 
     def unblock(self) -> None:
         """Goes on once enough was sent of what waited."""

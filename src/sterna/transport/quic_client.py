@@ -36,6 +36,7 @@ _READ_BYTES = 128 * 1024
 _INITIAL_RTT_SECONDS = 0.1
 _BUSY_MS, _STEADY_MS = 500, 500
 _BAD_CERTIFICATES = range(0x100 + 42, 0x100 + 50)  # CRYPTO_ERROR with a certificate's alert (RFC 8446, section 6.2)
+_NO_APPLICATION_PROTOCOL = 0x100 + 120  # RFC 9001, section 8.1
 _AGAIN = (BlockingIOError, InterruptedError)
 
 
@@ -129,6 +130,9 @@ class QuicChannel:
             elif isinstance(event, events.HandshakeCompleted):
                 self.rtt_ms = (time.monotonic_ns() - self._began) // MILLISECOND
                 self.established = bool(event.alpn_protocol == ALPN)
+                if not self.established:
+                    self._transmit()  # the end of the handshake: the node cannot read what is said before that
+                    self._quic.close(_NO_APPLICATION_PROTOCOL, None, "it names no protocol that we speak")
             elif isinstance(event, events.PingAcknowledged):
                 self._probe_answered = max(self._probe_answered, event.uid)
                 if event.uid == self._probe:

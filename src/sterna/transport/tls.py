@@ -88,6 +88,7 @@ class TlsSocket:
 
         BlockingIOError when there is none now, ConnectionAbortedError when the peer sends records without any.
         """
+        count = 0
         # Where nothing was left, OpenSSL need not say so: its exception costs as much as a small record.
         for piece in (False, True) if self._in.pending or self._tls.pending() else (True,):
             if piece and not self._fill(barren=True):
@@ -98,13 +99,18 @@ class TlsSocket:
                 continue
             except ssl.SSLZeroReturnError:
                 return 0
+            except ssl.SSLError:
+                self._push()  # the alert that says why
+                raise
             self._barren = max(0, self._barren - count - _PAID_BYTES)
-            return count
-        # Answers to what came, and alerts.
-        self._push()
-        if self._barren > BARREN_MAX_BYTES:
+            break
+        else:
+            self._push()  # answers to what came
+        if self._barren - self._in.pending > BARREN_MAX_BYTES:
             raise ConnectionAbortedError("it sends TLS records without data")
-        raise BlockingIOError
+        if not count:
+            raise BlockingIOError
+        return count
 
     def _fill(self, *, barren: bool = False) -> bool:
         """Reads one piece from the socket for OpenSSL; False at the end."""
