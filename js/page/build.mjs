@@ -48,6 +48,30 @@ const REPEATED = `
     const perRow = Math.max(1, Math.floor(this._bufferService.cols / width));
     const wanted = params.params[0] || 1;
     const length = Math.min(wanted, (this._bufferService.rows + 1) * perRow + wanted % perRow);`;
+// Lines are moved by all of the count at once: one by one, five bytes would take as long as a thousand letters.
+const MOVED = `private _moveLines(first: number, last: number, count: number, up: boolean, attr: IAttributeData): void {
+    const { lines } = this._activeBuffer;
+    count = Math.min(count, last - first + 1);
+    lines.splice(up ? first : last - count + 1, count);
+    const blank = Array.from({ length: count }, () => this._activeBuffer.getBlankLine(attr));
+    lines.splice(up ? last - count + 1 : first, 0, ...blank);
+  }
+
+  `;
+const [TOP, BOTTOM] = ["scrollTop", "scrollBottom"].map(
+  (edge) => `this._activeBuffer.ybase + this._activeBuffer.${edge}`,
+);
+const ERASED = "this._eraseAttrData()";
+
+/** Within `while (param--) {…}`: lines between two are moved up or down, so that blank ones come in. */
+function moved(first, last, up, attr) {
+  const lines = "this._activeBuffer.lines.splice";
+  const [remove, insert] = up ? [first, last] : [last, first];
+  const from = `${lines}(${remove}, 1);\n      ${lines}(${insert}, 0, this._activeBuffer.getBlankLine(${attr}));`;
+  const to = `this._moveLines(${first}, ${last}, param + 1, ${up}, ${attr});\n      param = 0;`;
+  return ["common/InputHandler.ts", 1, from, to];
+}
+
 const CELL_MAX_CHARS = 64;
 const LINKS_MAX = 10_000;
 const LINK_MAX_CHARS = 4_096;
@@ -70,6 +94,11 @@ const THEME_SOON = `private _changing = 0;
 const BOUNDED = [
   ["common/InputHandler.ts", 6, "let param = params.params[0] || 1;", `let param = ${SCREEN};`],
   ["common/InputHandler.ts", 1, "const length = params.params[0] || 1;", REPEATED],
+  ["common/InputHandler.ts", 1, "public scrollUp(", `${MOVED}public scrollUp(`],
+  moved("row", "scrollBottomAbsolute - 1", false, ERASED),
+  moved("row", "j", true, ERASED),
+  moved(TOP, BOTTOM, true, ERASED),
+  moved(TOP, BOTTOM, false, "DEFAULT_ATTR_DATA"),
   [
     "common/InputHandler.ts",
     1,

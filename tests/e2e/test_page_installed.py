@@ -18,6 +18,16 @@ from tests.e2e.browser import Chromium, Web, needed
 from tests.e2e.rig import Daemon, Rig, wait_for
 from tests.e2e.test_js_client import JS, NODE, node_words
 
+# How the first row of the list looks when it appears: before anything was asked of the node.
+_FIRST = """
+new MutationObserver((_, observer) => {
+  const row = document.querySelector("#session-rows tr");
+  if (!row) return;
+  window.first = row.className;
+  observer.disconnect();
+}).observe(document, { childList: true, subtree: true });
+"""
+
 
 class Trusted(Web):
     """A node with a certificate of an authority that the browser is told to trust."""
@@ -66,7 +76,10 @@ def _chromium(paged: Trusted) -> Iterator[Chromium]:
 @needed[1]
 def test_the_shell_of_the_page_starts_without_a_network(paged: Trusted, chromium: Chromium) -> None:
     name = paged.session()
-    view = chromium.opened(paged.link(name), ignore_https_errors=False)
+    view = chromium.view(ignore_https_errors=False)
+    view.page.goto(paged.link("--all"))
+    view.page.locator("#session-rows .open", has_text=name).click()
+    view.attached()
     view.line("echo kept $((6 * 7))")
     view.expect("^kept 42$")
     view.wait("navigator.serviceWorker.controller || navigator.serviceWorker.ready.then(() => true)")
@@ -91,11 +104,21 @@ def test_the_shell_of_the_page_starts_without_a_network(paged: Trusted, chromium
         [{"errorId": "in-incognito", "errorArguments": []}],
     )
     paged.rig.kill_node()
+    view.page.add_init_script(_FIRST)
     view.page.reload()
     assert view.page.title().endswith("Sterna")
     assert view.page.is_visible("#bar")
     wait_for(lambda: view.message().startswith("Connecting for "), name="an honest status")
+    # The list is there as it was, in grey, and offers nothing that only the node can do.
+    view.page.click("#tab-home")
+    assert view.wait("window.first") == "away"
+    row = view.page.locator("#session-rows tr", has=view.page.locator(".open", has_text=name))
+    assert row.get_attribute("class") == "away"
+    assert row.locator("[data-act=end]").is_disabled()
     paged.start()
+    wait_for(lambda: row.get_attribute("class") is None, name="the node again")
+    assert row.locator("[data-act=end]").is_enabled()
+    row.locator(".open").click()
     view.attached()
     view.expect("^kept 42$")
     view.line("echo and on $((40 + 4))")

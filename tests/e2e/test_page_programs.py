@@ -20,8 +20,8 @@ pytestmark = needed
 FLOOD_BYTES = 20_000_000
 # The scroll-back of 5,000 lines is there, the flood is not.
 HEAP_GROWTH_MAX_BYTES = 18 * 1024 * 1024
-ROUNDS = 5
-ANSWER_MAX_MS = 1_000
+ROUNDS = 7
+ANSWER_MAX_MS = 200
 
 
 def screen_kind(view: View) -> str:
@@ -121,7 +121,8 @@ def test_a_byte_too_few_would_be_seen(paged: Web, chromium: Chromium, tmp_path: 
     assert view.digest() != hashlib.sha256(data).hexdigest()
 
 
-# NOFLSH: else the kernel may throw away the reply together with what it was printed after (termios(3)).
+# NOFLSH: else the kernel may throw away the reply together with what it was printed after (termios(3)). CAN: what is
+# interrupted may be half a sequence, which would take the reply's first letter.
 _ENDLESS = r"""
 import os, signal, sys, termios
 mode = termios.tcgetattr(0)
@@ -135,7 +136,7 @@ while True:
             os.write(1, line * 20)
     except KeyboardInterrupt:
         number += 1
-        os.write(1, b"\r\nSTOPPED %d\r\n" % number)
+        os.write(1, b"\x18\r\nSTOPPED %d\r\n" % number)
         sys.stdin.readline()
 """
 

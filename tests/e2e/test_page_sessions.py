@@ -111,6 +111,7 @@ def killing(paged: Web, rng: random.Random) -> Fault:
         view.expect(f"^line {rng.randrange(30, 120)} ")
         paged.rig.kill_node()
         view.wait("seen().state === 'trouble'")
+        assert re.fullmatch(r"Reconnecting for [1-3] s; what you type is kept\.", wait_for(view.message, name="a word"))
         paged.start()
         view.wait("seen().state === 'open'")
         came = view.length()

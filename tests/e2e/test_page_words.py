@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from tests.e2e.browser import Chromium, View, Web, needed
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 pytestmark = needed
 
 STRIP = ".panel:not([hidden]) .strip"
+NOTE = ".panel:not([hidden]) .note[data-kind={}]"
 
 
 def listed(web: Web, chromium: Chromium, name: str, device: BrowserContext | None = None) -> View:
@@ -207,6 +209,19 @@ def test_devices_can_be_told_apart(paged: Web, chromium: Chromium) -> None:
         view.wait(f"seen().others.length === {len(wanted)} && {shown}")
 
 
+# Names of tabs and keys that do not fit, and a bell without its sign.
+_CUT = """
+() => {
+  const names = [...document.querySelectorAll(".tab .tab-name")].filter((one) => one.scrollWidth > one.clientWidth);
+  const width = (one) => one.getBoundingClientRect().width;
+  const keys = [...document.querySelectorAll(".key span")].filter((one) => width(one) > width(one.parentElement));
+  const bells = [...document.querySelectorAll("[data-mark=bell]")];
+  const signs = bells.filter((tab) => !getComputedStyle(tab, "::after").content.includes("\\u266a"));
+  return [...names, ...keys, ...signs].map((one) => one.textContent);
+}
+"""
+
+
 def test_many_tabs_on_a_phone_keep_their_names(paged: Web, chromium: Chromium) -> None:
     view = chromium.view(phone(chromium))
     names = [paged.session(name=f"tab-no-{number}") for number in range(5)]
@@ -215,9 +230,16 @@ def test_many_tabs_on_a_phone_keep_their_names(paged: Web, chromium: Chromium) -
         view.page.tap("#tab-home")
         view.page.locator(f"#session-rows .open:text-is('{name}')").tap()
         view.attached()
-    whole = "() => [...document.querySelectorAll('.tab .tab-name')].every((one) => one.scrollWidth <= one.clientWidth)"
-    assert view.eval(whole)
-    assert not sideways(view)
+    view.eval("""() => { sterna.tabs[3].session.write("printf '\\\\a'\\r"); }""")
+    view.page.locator("#tab-4[data-mark=bell]").wait_for()
+    # Turned, and with what an on-screen keyboard leaves: no word is cut, and the tab that is seen is there.
+    right = "(id) => document.querySelector(id).getBoundingClientRect().right"
+    for width, height in ((360, 740), (740, 360), (360, 400)):
+        view.page.set_viewport_size({"width": width, "height": height})
+        view.wait(f"document.querySelector('#app').clientHeight === {height}")
+        view.wait(f"({right})('.tab[aria-selected=true]') <= ({right})('#tabs')")
+        assert width > 360 or view.eval(_CUT) == []
+        assert not sideways(view)
 
 
 def test_a_click_beside_a_smaller_terminal_keeps_the_keys(paged: Web, chromium: Chromium) -> None:
@@ -272,3 +294,153 @@ def test_what_was_typed_offline_brings_the_size_back(paged: Web, chromium: Chrom
     wait_for(lambda: view.size() == own, name="the page's own size")
     about = wait_for(lambda: (paged.about(name)["cols"], paged.about(name)["rows"]) == own, name="the session's size")
     assert about
+
+
+# ---- notices -----------------------------------------------------------------------------------------------------
+
+DEAF = ("sh", "-c", "echo up; exec sleep 1000")
+
+
+def begin(view: View, agent: str, name: str) -> None:
+    """Begins a session in the list."""
+    view.page.select_option("#new-agent", agent)
+    view.page.fill("#new-name", name)
+    view.page.click("#new-session")
+    view.attached()
+
+
+def test_what_was_lost_is_said_with_how_much(paged: Web, chromium: Chromium) -> None:
+    rig, name = paged.rig, "loses"
+    rig.start_pod("deaf", *DEAF, kind="stream")
+    view = chromium.view()
+    view.page.goto(paged.link("--all"))
+    begin(view, "main", name)
+    terminal = rig.terminal(*attach_words(rig, name)[3:])
+    terminal.type("echo mine\r")  # who typed last is who the output waits for
+    wait_for(lambda: view.size() == (80, 24), name="the terminal's size")
+    view.eval("() => seen().session.on('gap', ({ start, end }) => { window.lost = end - start; })")
+    view.page.context.set_offline(True)
+    terminal.type("head -c 2000000 /dev/zero | tr '\\0' x; echo; echo the end\r")
+    terminal.expect("\nthe end")
+    view.page.context.set_offline(False)
+    note = view.page.locator(NOTE.format("gap"))
+    said = note.inner_text().strip()
+    lost = view.wait("window.lost")
+    assert said.startswith(f"{lost / 2**20:.1f} MiB of output were not kept while this page was away; what you see is ")
+    view.expect("^the end$")
+    note.locator(".note-close").click()
+    assert note.count() == 0
+    # Of what the program's pipe does not take, nobody knows when the agent is gone.
+    view.page.click("#tab-home")
+    begin(view, "deaf", f"{name}-deaf")
+    view.expect("^up$")
+    view.eval("() => { seen().session.write('x'.repeat(100_000)).catch(() => undefined); }")
+    view.wait("seen().session.inputs.length === 0")
+    rig.kill_pod("deaf")
+    rig.start_pod("deaf", *DEAF, kind="stream")
+    said = view.page.locator(NOTE.format("uncertain")).inner_text()
+    assert re.match(r"The agent was lost: the last \d+ KiB that you typed may or may not have reached it", said), said
+    assert "The agent" in view.page.locator(STRIP).inner_text()
+    rig.kill_pod("deaf")
+
+
+# ---- drawing, links, copies --------------------------------------------------------------------------------------
+
+_NO_WEBGL = """
+const { getContext } = HTMLCanvasElement.prototype;
+HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
+  return kind.startsWith("webgl") ? null : getContext.call(this, kind, ...more);
+};
+"""
+_LOSE = """
+() => {
+  const all = [...document.querySelectorAll(".panel:not([hidden]) canvas")];
+  const drawn = all.map((canvas) => canvas.getContext("webgl2")).find((context) => context);
+  drawn.getExtension("WEBGL_lose_context").loseContext();
+}
+"""
+# Where a text begins and ends in the terminal that is seen.
+_PLACE = """
+(text) => {
+  const { terminal } = seen();
+  const { active } = terminal.buffer;
+  const box = document.querySelector(".panel:not([hidden]) .xterm-screen").getBoundingClientRect();
+  const [width, height] = [box.width / terminal.cols, box.height / terminal.rows];
+  for (let y = 0; y < terminal.rows; y++) {
+    const x = active.getLine(active.viewportY + y).translateToString().indexOf(text);
+    const [left, right] = [box.x + x * width + 1, box.x + (x + text.length) * width - 1];
+    if (x >= 0) return [left, right, box.y + (y + 0.5) * height];
+  }
+}
+"""
+
+
+def drawn(view: View) -> tuple[str, bool]:
+    """By what the terminal that is seen is drawn, and whether there are elements with its text."""
+    kind = view.eval("() => seen().renderer")
+    return kind, view.page.locator(".panel:not([hidden]) .xterm-rows", has_text="drawn 42").count() == 1
+
+
+def copied(view: View) -> str:
+    """What is on the clipboard."""
+    text: str = view.eval("() => navigator.clipboard.readText()")
+    return text
+
+
+def test_links_copies_and_letters_with_and_without_webgl(paged: Web, chromium: Chromium) -> None:
+    name = paged.session()
+    fast = chromium.view()
+    fast.page.goto(paged.link(name).replace("/#", "/?renderer=webgl#"))
+    fast.attached()
+    fast.wait("seen().renderer === 'webgl'")
+    fast.line("echo drawn $((6 * 7))")
+    fast.expect("^drawn 42$")
+    assert drawn(fast) == ("webgl", False)
+    fast.eval(_LOSE)  # the browser gets three seconds to give it back: meanwhile
+    device = chromium.device(permissions=["clipboard-read", "clipboard-write"])
+    device.add_init_script(_NO_WEBGL)
+    view = chromium.view(device)
+    view.page.goto(paged.link(name).replace("/#", "/?renderer=webgl#"))
+    view.attached()
+    view.expect("^drawn 42$")
+    wait_for(lambda: drawn(view) == ("dom", True), name="elements")
+    plain, hidden = f"{paged.url}licenses.txt", f"{paged.url}licenses.txt?hidden"
+    view.line(f"clear; echo {plain}; printf '\\e]8;;{hidden}\\e\\\\a text\\e]8;;\\e\\\\\\n'; echo 'copy this'")
+    view.expect("^copy this$")
+    mouse = view.page.mouse
+    left, right, y = view.eval(_PLACE, "copy this")
+    mouse.move(left, y)
+    mouse.down()
+    mouse.move(right, y)
+    mouse.up()
+    view.page.keyboard.press("Control+Shift+C")
+    wait_for(lambda: view.message() == "Copied", name="a word of it")
+    assert copied(view) == "copy this"
+    for text, address in ((plain, plain), ("a text", hidden)):
+        left, _, y = view.eval(_PLACE, text)
+        mouse.move(left + 20, y)
+        view.page.locator(".panel:not([hidden]) .xterm-cursor-pointer").wait_for()
+        with device.expect_page() as opened:
+            mouse.click(left + 20, y)
+            if address != text:
+                assert view.page.inner_text("#open-link .url") == address
+                view.page.click("#open-link [data-answer=yes]")
+        opened.value.wait_for_load_state()
+        assert (opened.value.url, opened.value.evaluate("() => [opener, document.referrer]")) == (address, [None, ""])
+        opened.value.close()
+    cols, _ = view.size()
+    view.page.click("#tool-larger")
+    wait_for(lambda: view.message() == "Text of 15 px", name="a word of it")
+    assert view.size()[0] < cols
+    assert '"fontSize":15' in view.eval("() => localStorage['sterna.settings']")
+    # A program that writes the clipboard.
+    view.line("clear; printf '\\e]52;c;%s\\a' $(printf offered | base64)")
+    note = view.page.locator(NOTE.format("clipboard"))
+    assert note.inner_text().startswith("The program wants to write to the clipboard.")
+    assert copied(view) == "copy this"
+    note.get_by_role("button", name="Allow in this tab").click()
+    wait_for(lambda: copied(view) == "offered", name="what the program wrote")
+    assert note.count() == 0
+    wait_for(lambda: fast.eval("() => seen().renderer") == "dom", name="elements")
+    view.line("clear; echo drawn $((6 * 7))")
+    wait_for(lambda: drawn(fast) == ("dom", True), name="what is drawn by them")

@@ -4,12 +4,22 @@ import { IndexedStorage } from "../../src/browser.js";
 import { fetchNode, type NodeAbout } from "./about.js";
 import { ask, confirmed } from "./dialogs.js";
 import { byId, el, set } from "./dom.js";
+import { takeFragment } from "./fragment.js";
 import { fragmentLink, fragmentOf, type Grant, GRANTS_MAX, grantOf, grantText } from "./grants.js";
 import { Home, type Opener } from "./home.js";
 import { Keys } from "./keys.js";
 import { Menu, type MenuItem } from "./menu.js";
 import type { ParsedLink } from "../../src/links.js";
-import { FONT_MAX_PX, FONT_MIN_PX, keepSettings, loadSettings, type Settings, Store, storedSettings } from "./store.js";
+import {
+  FONT_MAX_PX,
+  FONT_MIN_PX,
+  keepSettings,
+  type KeptRow,
+  loadSettings,
+  type Settings,
+  Store,
+  storedSettings,
+} from "./store.js";
 import { type Aim, type Around, Tab } from "./tab.js";
 import { ago, othersText, troubleText } from "./texts.js";
 
@@ -49,7 +59,8 @@ export class App implements Around, Opener {
     document.addEventListener("visibilitychange", () => document.hidden || this.active?.seen());
     addEventListener("online", () => this.network());
     addEventListener("offline", () => this.network());
-    addEventListener("hashchange", () => this.takeFragment());
+    addEventListener("resize", () => this.showHead());
+    addEventListener("hashchange", () => this.followFragment());
   }
 
   /** Opens what the fragment names, and what was open before. */
@@ -59,6 +70,7 @@ export class App implements Around, Opener {
       this.status();
     });
     await this.store.load();
+    this.home.restore(await this.store.list());
     const { tabs, active } = await this.store.opened();
     for (const { grant, session, name, mode } of tabs) {
       const found = this.store.grants.get(grant);
@@ -92,11 +104,9 @@ export class App implements Around, Opener {
 
   // ---- links -------------------------------------------------------------------------------------------------
 
-  private takeFragment(): void {
-    const fragment = location.hash;
-    if (!fragment) return;
-    history.replaceState(null, "", location.pathname + location.search);
-    void this.takeLink(fragment);
+  private followFragment(): void {
+    const fragment = takeFragment();
+    if (fragment) void this.takeLink(fragment);
   }
 
   /** Any web site can send this browser to a link: beside what is known already it is used only if that is wanted. */
@@ -229,10 +239,14 @@ export class App implements Around, Opener {
       tab.seen();
       // On a touch screen that would bring up the keyboard, which may not be wanted yet.
       if (!matchMedia("(pointer: coarse)").matches) tab.focus();
-      tab.head.scrollIntoView({ block: "nearest", inline: "nearest" });
+      this.showHead();
     }
     this.status();
     this.keepTabs();
+  }
+
+  private showHead(): void {
+    this.active?.head.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   leave(tab: Tab): void {
@@ -260,6 +274,10 @@ export class App implements Around, Opener {
 
   renamed(uid: string, name: string): void {
     for (const tab of this.tabs) if (tab.aim.session === uid) tab.renamed(name);
+  }
+
+  keepList(rows: KeptRow[]): void {
+    this.store.keepList(rows);
   }
 
   private keepTabs(): void {

@@ -121,7 +121,7 @@ export async function guardedPaste(text: string, trusting: boolean): Promise<Pas
     : [{ label: "Paste", value: "raw", primary: true }];
   const answer = await ask("paste", what, content, answers);
   if (answer === null) return null;
-  return { text: answer === "clean" ? withoutControls(text) : text, always: always.checked };
+  return { text: answer === "clean" ? withoutControls(text) : text, always: trusting || always.checked };
 }
 
 /** Shows text that can be selected and copied where the terminal itself cannot be (touch screens, screen readers). */

@@ -6,13 +6,14 @@ import { askName, confirmed, confirmEnd } from "./dialogs.js";
 import { button, byId, el, set } from "./dom.js";
 import { type Grant, grantText, pastedLink } from "./grants.js";
 import type { ParsedLink } from "../../src/links.js";
+import type { KeptRow } from "./store.js";
 import type { Aim } from "./tab.js";
 import { ago, FORGET_KEY, REVOKED } from "./texts.js";
 
 const REFRESH_MS = 4_000;
 const PAGES_MAX = 50;
 
-interface Listed {
+export interface Listed {
   name: string;
   uid: string;
   agent: string;
@@ -44,6 +45,7 @@ export interface Opener {
   /** Whether any session is open in a tab. */
   busy(): boolean;
   renamed(uid: string, name: string): void;
+  keepList(rows: KeptRow[]): void;
 }
 
 export class Home {
@@ -55,6 +57,9 @@ export class Home {
   private rows: { grant: Grant; listed: Listed }[] = [];
   private agents: { grant: Grant; agent: Agent }[] = [];
   private shown = "";
+  /** The grants by which the node was asked and answered. */
+  private readonly told = new Set<string>();
+  private kept = "";
 
   constructor(private readonly around: Opener) {
     byId("link-form").addEventListener("submit", (event) => void this.paste(event));
@@ -83,7 +88,24 @@ export class Home {
       this.running = false;
     }
     this.draw();
+    this.keep();
     if (this.visible) this.timer = setTimeout(() => this.visible && void this.refresh(), REFRESH_MS);
+  }
+
+  /** Shows what was there when the node was last reached, until it answers. */
+  restore(rows: KeptRow[]): void {
+    const lists = new Map(this.lists().map((grant) => [grant.id, grant]));
+    for (const { grant: id, listed } of rows) {
+      const grant = lists.get(id);
+      if (grant !== undefined) this.rows.push({ grant, listed });
+    }
+  }
+
+  private keep(): void {
+    const rows = this.rows.map(({ grant, listed }) => ({ grant: grant.id, listed }));
+    const kept = JSON.stringify(rows);
+    if (kept !== this.kept) this.around.keepList(rows);
+    this.kept = kept;
   }
 
   /** Whether the node refused a ticket for good. */
@@ -126,6 +148,7 @@ export class Home {
         after = answer.next;
       }
       this.problems.delete(grant.id);
+      this.told.add(grant.id);
       this.loaded = true;
       this.rows = this.rows.filter((row) => row.grant.id !== grant.id);
       this.agents = this.agents.filter((row) => row.grant.id !== grant.id);
@@ -158,6 +181,7 @@ export class Home {
       lists,
       singles,
       this.loaded,
+      [...this.told],
       [...this.problems.values()].map(String),
       Math.floor(Date.now() / 10_000),
     ]);
@@ -197,7 +221,7 @@ export class Home {
       el("td", { class: "c-changed" }, ago(changed, Date.now())),
     ];
     const acts = el("td", { class: "c-acts" });
-    const away = this.problems.has(grant.id);
+    const away = this.problems.has(grant.id) || !this.told.has(grant.id);
     const ending = state === "exited" ? "Remove" : "End";
     if (grant.mode === "drive")
       acts.append(

@@ -1,11 +1,11 @@
 /** Starts the page. */
 
 import { App } from "./app.js";
+import { takeFragment } from "./fragment.js";
 import { defineStyleElement } from "./style-element.js";
 
-// The link's secret leaves the address bar and the history before anything else happens.
-const fragment = location.hash;
-if (fragment) history.replaceState(null, "", location.pathname + location.search);
+// Before anything else happens.
+const fragment = takeFragment();
 
 /** The page is as high as what the on-screen keyboard leaves. */
 function followKeyboard(): void {

@@ -6,6 +6,7 @@ import { WebglAddon } from "@xterm/addon-webgl";
 import { Terminal } from "@xterm/xterm";
 import { Answers } from "./answers.js";
 import { pasteBytes } from "./input.js";
+import { withoutManyResets } from "./resets.js";
 import { FONT_MIN_PX, type Settings } from "./store.js";
 import { contrast, terminalTheme } from "./themes.js";
 
@@ -28,6 +29,8 @@ export interface Size {
 /** What a screen tells. */
 export interface ScreenEvents {
   typed(text: string): void;
+  /** What the terminal answers to a piece of output, all of it at once. */
+  answered(text: string): void;
   mouse(data: string): void;
   bell(): void;
   link(url: string, shown: string): void;
@@ -49,6 +52,7 @@ export class Screen {
   /** Where it was scrolled to by itself. */
   private followed = { x: 0, y: 0 };
   private piece = PIECE_BYTES;
+  private answer = "";
   private readonly observer = new ResizeObserver(() => this.refit());
   private last: Size = { cols: 80, rows: 24 };
 
@@ -80,7 +84,8 @@ export class Screen {
     terminal.loadAddon(new WebLinksAddon((_event, url) => events.link(url, url)));
     this.answers = new Answers(terminal, (text) => events.clipboard(text));
     terminal.onData((text) => {
-      if (!this.answers.silenced) events.typed(text);
+      if (this.answers.live) this.answer += text;
+      else if (!this.answers.silenced) events.typed(text);
     });
     terminal.onBinary((data) => events.mouse(data));
     terminal.onBell(() => events.bell());
@@ -134,8 +139,12 @@ export class Screen {
     for (let at = 0; at < data.length && !this.gone; ) {
       const begun = performance.now();
       this.answers.live = live;
-      (this.terminal as unknown as Hidden)._core._writeBuffer.writeSync(data.subarray(at, at + this.piece));
+      const piece = withoutManyResets(data.subarray(at, at + this.piece));
+      (this.terminal as unknown as Hidden)._core._writeBuffer.writeSync(piece);
       this.answers.live = false;
+      const { answer } = this;
+      this.answer = "";
+      if (answer) this.events.answered(answer);
       at += this.piece;
       const now = performance.now();
       const slow = now - begun >= TURN_MS;

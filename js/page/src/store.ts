@@ -1,6 +1,7 @@
 /** What this browser keeps: tickets and open sessions (IndexedDB), a tab's sessions (sessionStorage), settings. */
 
 import type { Grant, Mode } from "./grants.js";
+import type { Listed } from "./home.js";
 
 /** One open session, as it is kept to be opened again. */
 export interface Opened {
@@ -8,6 +9,12 @@ export interface Opened {
   session: string;
   name: string;
   mode: Mode;
+}
+
+/** One session of the list, as the node told it, and the grant that it was seen by. */
+export interface KeptRow {
+  grant: string;
+  listed: Listed;
 }
 
 export interface OpenedTabs {
@@ -18,6 +25,8 @@ export interface OpenedTabs {
 const DATABASE = "sterna-page";
 const TABS = "sterna.tabs";
 const TABS_MAX = 32;
+const LIST = "sterna.list";
+const ROWS_MAX = 200;
 
 /** Grants by id. Where the browser keeps nothing, they last as long as the page. */
 export class Store {
@@ -55,20 +64,38 @@ export class Store {
     this.change("grants", (store) => store.delete(id));
   }
 
-  /** Forgets every grant; resolves once the browser did. */
+  /** Forgets every grant, and what they showed; resolves once the browser did. */
   async clear(): Promise<void> {
     this.grants.clear();
+    this.change("state", (store) => store.clear());
     const store = this.database?.transaction("grants", "readwrite").objectStore("grants");
     if (store !== undefined) await done(store.clear());
+  }
+
+  /** Keeps the list of sessions, to be shown while the node cannot be reached. */
+  keepList(rows: KeptRow[]): void {
+    this.change("state", (store) => store.put(rows.slice(0, ROWS_MAX), LIST));
+  }
+
+  async list(): Promise<KeptRow[]> {
+    const rows = await this.state(LIST);
+    return Array.isArray(rows) ? rows : [];
+  }
+
+  private async state(key: string): Promise<unknown> {
+    try {
+      if (this.database === null) return undefined;
+      return await done(this.database.transaction("state").objectStore("state").get(key));
+    } catch {
+      return undefined;
+    }
   }
 
   /** Returns what was open in this tab, else what was open last anywhere. */
   async opened(): Promise<OpenedTabs> {
     try {
       const own = sessionStorage.getItem(TABS);
-      if (own !== null) return checked(JSON.parse(own));
-      if (this.database === null) return { tabs: [], active: null };
-      return checked(await done(this.database.transaction("state").objectStore("state").get(TABS)));
+      return checked(own === null ? await this.state(TABS) : JSON.parse(own));
     } catch {
       return { tabs: [], active: null };
     }

@@ -1,7 +1,7 @@
 /** One attachment to one session: its tab, its terminal, and what is said about it. */
 
 import { connect, type ConnectOptions, platform, type Session, SternaError } from "../../src/browser.js";
-import { Code } from "../../src/errors.js";
+import { Code, isFinal } from "../../src/errors.js";
 import { clean } from "../../src/messages.js";
 import { button, type Child, el, icon, set } from "./dom.js";
 import { ask, askName, confirmEnd, guardedPaste, showText } from "./dialogs.js";
@@ -51,7 +51,7 @@ interface Info {
 
 const INFO_WAIT_MS = 1_500;
 const TITLE_MAX_CHARS = 200;
-const ANSWERS_MAX = 1_000;
+const ANSWERS_MAX_CHARS = 16_384;
 const SAID_MS = 4_000;
 const AGAIN_MIN_MS = 500;
 const AGAIN_MAX_MS = 8_000;
@@ -96,9 +96,11 @@ export class Tab {
   private readonly strip = el("div", { class: "strip", role: "alert", hidden: true });
   private typist = true;
   private trusting = false;
-  private waiting = 0;
+  /** How many characters of answers wait for the session to take them. */
+  private answering = 0;
   private clipboardAllowed = false;
-  private clipboardOffered = false;
+  /** What the program wrote last while it was not allowed to; null: nothing yet. */
+  private clipboardWanted: string | null = null;
   private abort = new AbortController();
   private asking: Promise<void> | null = null;
   private next: Promise<void> | null = null;
@@ -137,7 +139,8 @@ export class Tab {
     });
     this.screen = new Screen(host, around.settings, around.dark, {
       typed: (text) => this.typed(text),
-      mouse: (data) => this.send(Uint8Array.from(data, (letter) => letter.charCodeAt(0))),
+      answered: (text) => this.answer(text),
+      mouse: (data) => void this.send(Uint8Array.from(data, (letter) => letter.charCodeAt(0))),
       bell: () => this.mark("bell"),
       link: (url, shown) => void this.follow(url, shown),
       clipboard: (text) => this.offerClipboard(text),
@@ -289,7 +292,7 @@ export class Tab {
     if (kind === "failed") {
       if (code === Code.REVOKED)
         buttons.push(button({ class: "primary", "data-act": "key" }, FORGET_KEY, () => void this.around.forgetKey()));
-      else if (code !== Code.BAD_REQUEST)
+      else if (code !== Code.BAD_REQUEST && !isFinal(code))
         buttons.push(button({ class: "primary", "data-act": "retry" }, "Try again", () => void this.start()));
       if (aim.grant.session !== null)
         buttons.push(
@@ -418,16 +421,19 @@ export class Tab {
     const { held } = this.around.keys;
     const changed = held.ctrl || held.alt ? withModifiers(text, held) : text;
     if (changed !== text) this.around.keys.release();
-    this.send(changed);
+    void this.send(changed);
   }
 
-  private send(data: string | Uint8Array): void {
-    if (this.over || this.watching || this.session === null) return;
-    // A program that asks and does not read what is answered: what is typed waits, answers do not.
-    if (this.screen.answers.live && this.waiting >= ANSWERS_MAX) return;
-    this.waiting += 1;
-    const taken = (): void => void (this.waiting -= 1);
-    this.session.write(data).then(taken, taken);
+  private send(data: string | Uint8Array): Promise<void> {
+    if (this.over || this.watching || this.session === null) return Promise.resolve();
+    return this.session.write(data).catch(() => undefined);
+  }
+
+  /** A program that asks and does not read what is answered: what is typed waits, answers do not. */
+  private answer(text: string): void {
+    if (this.answering >= ANSWERS_MAX_CHARS) return;
+    this.answering += text.length;
+    void this.send(text).then(() => void (this.answering -= text.length));
   }
 
   /** Types what the row of keys gives. */
@@ -482,16 +488,21 @@ export class Tab {
   }
 
   private offerClipboard(text: string): void {
-    if (this.clipboardAllowed) void navigator.clipboard?.writeText(text).catch(() => undefined);
-    else if (!this.clipboardOffered) {
-      this.clipboardOffered = true;
-      const allow = button({ class: "link" }, "Allow in this tab", () => {
-        this.clipboardAllowed = true;
-        this.unnote("clipboard");
-        void navigator.clipboard?.writeText(text).catch(() => undefined);
-      });
-      this.note("clipboard", "The program wants to write to the clipboard.", allow);
+    const write = (what: string): void => void navigator.clipboard?.writeText(what).catch(() => undefined);
+    if (this.clipboardAllowed) {
+      write(text);
+      return;
     }
+    const first = this.clipboardWanted === null;
+    this.clipboardWanted = text;
+    if (!first) return;
+    const allow = button({ class: "link" }, "Allow in this tab", () => {
+      this.clipboardAllowed = true;
+      this.unnote("clipboard");
+      write(this.clipboardWanted ?? text);
+      this.focus();
+    });
+    this.note("clipboard", "The program wants to write to the clipboard.", allow);
   }
 
   private async follow(url: string, shown: string): Promise<void> {
