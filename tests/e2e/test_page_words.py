@@ -71,6 +71,7 @@ def test_a_revoked_browser_is_told_and_gets_in_again_with_a_new_key(paged: Web, 
     shown.click()
     view.page.click("#confirm [data-answer=yes]")
     view.page.locator("#welcome").wait_for()
+    assert view.page.inner_text("#share-command") == "sterna share --all --local", "only this machine reaches the node"
     view.page.fill("#link-field", paged.link("--all"))
     view.page.keyboard.press("Enter")
     view.page.locator("#session-rows .open", has_text=name).click()

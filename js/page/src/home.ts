@@ -12,6 +12,7 @@ import { ago, FORGET_KEY, REVOKED } from "./texts.js";
 
 const REFRESH_MS = 4_000;
 const PAGES_MAX = 50;
+const LOOPBACK = ["localhost", "127.0.0.1", "[::1]"];
 
 export interface Listed {
   name: string;
@@ -62,6 +63,8 @@ export class Home {
   private kept = "";
 
   constructor(private readonly around: Opener) {
+    // A node that only this machine reaches makes links for this machine only when it is told so.
+    if (LOOPBACK.includes(location.hostname)) byId("share-command").append(" --local");
     byId("link-form").addEventListener("submit", (event) => void this.paste(event));
     byId("new-form").addEventListener("submit", (event) => this.create(event));
     document.addEventListener("visibilitychange", () => this.visible && this.refresh());
