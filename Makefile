@@ -15,10 +15,13 @@ TESTS ?= tests/e2e tests/integration tests/simulation tests/property tests/unit 
 FUZZ_SECONDS ?= 60
 FUZZ_SHORT_SECONDS := 5
 
-# The programs under test draw wide characters; C.UTF-8 is on every Debian.
-export LC_ALL := C.UTF-8
-# Benchmarks and tests start `sterna` and `python` from here; the set-up above them keeps the caller's PATH.
-IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+# Benchmarks and tests start `sterna` and `python` from here; the set-up above them keeps the caller's PATH. The programs
+# under test draw wide characters; C.UTF-8 is on every Debian.
+IN_VENV := LC_ALL=C.UTF-8 PATH="$(CURDIR)/$(BIN):$$PATH"
+
+# What make adds to the environment, where no session's program shall find it.
+OURS = MAKELEVEL MAKEFLAGS MFLAGS MAKEOVERRIDES MAKE_TERMOUT MAKE_TERMERR \
+	$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 
 JS_FILES := $(wildcard js/*.json js/src/* js/page/* js/page/*/*)
 
@@ -35,7 +38,7 @@ help:
 	@echo 'make clean  remove what these commands made'
 
 run: $(VENV)/.runtime
-	exec $(BIN)/sterna up $(ARGS)
+	exec env $(OURS:%=-u %) $(BIN)/sterna up $(ARGS)
 
 # One after another, also under `make -j`: the machine's cores belong to the tests.
 test: packages $(VENV)/.dev js/dist/.stamp

@@ -1,6 +1,8 @@
 """Watches a session and tells when a text appears in its output; says so when the network fails or somebody joins.
 
-python examples/watch_for.py SESSION TEXT
+python examples/watch_for.py AGENT|SESSION TEXT
+
+A name that an agent has means that agent's latest session, as with `sterna attach`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ async def main(name: str, text: bytes) -> int:
     """Returns 0 once the text came, 1 if the session ended before."""
     tail = b""
     async with await sterna.connect(name, mode="watch", on_event=tell) as session:
+        print(f"watching the session {session.name}", flush=True)
         async for output in session:
             tail = (tail + output)[-len(output) - len(text) :]
             if text in tail:
@@ -35,7 +38,7 @@ async def main(name: str, text: bytes) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: watch_for.py SESSION TEXT")
+        sys.exit("usage: watch_for.py AGENT|SESSION TEXT")
     try:
         sys.exit(asyncio.run(main(sys.argv[1], sys.argv[2].encode())))
     except sterna.SternaError as error:

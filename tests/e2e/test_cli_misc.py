@@ -169,7 +169,7 @@ def test_a_session_is_recorded_with_sizes_and_exit_and_plays_the_same(rig: Rig) 
     path = rig.directory / "film.cast"
     recorder = rig.terminal("record", "film", str(path))
     recorder.expect("Ctrl-C ends it")
-    client.type("printf 'a\\303\\244\\346\\227\\245b\\n'; echo d$((1+1))e\n")
+    client.type("printf 'a\\303\\244\\346\\227\\245b\\n'; sleep 0.6; echo d$((1+1))e\n")
     client.expect("d2e")
     fcntl.ioctl(client.master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     client.process.send_signal(signal.SIGWINCH)
@@ -194,7 +194,8 @@ def test_a_session_is_recorded_with_sizes_and_exit_and_plays_the_same(rig: Rig) 
     assert "aä日b\r\nd2e" in bytes(player.seen).decode()
     smaller = rig.terminal("play", str(path), "--speed", "100", cols=60, rows=10)
     assert smaller.wait() == 0
-    assert b"The recording is 90 x 20 cells large, this terminal 60 x 10." in smaller.seen
+    assert b"sterna: The recording is 90 x 20 cells large, this terminal 60 x 10.\r\n" in smaller.seen
+    assert smaller.seen.index(b"The recording") < smaller.seen.index("aä日b".encode())
     again = rig.sterna("record", "film", str(path))
     assert again.returncode == 2
     assert "exists" in again.stderr

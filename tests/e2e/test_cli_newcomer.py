@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.rig import Rig, free_port, running, wait_for
+from tests.e2e.rig import SOURCE, Rig, free_port, running, wait_for
 
 # What to type again: the clients here are started as a module, which only counts where `sterna` is not in the PATH.
 PROGRAM = "sterna" if shutil.which("sterna") else shlex.join([sys.executable, "-m", "sterna"])
@@ -50,8 +51,9 @@ def test_a_second_start_names_the_first_and_another_agent_joins_it(rig: Rig) -> 
     assert "down" not in again, "that would end the programs, too"
     assert first.split(",", maxsplit=1)[0] in said(rig, 2, "node", "--state", os.fspath(rig.state / "node"), "-p", "0")
     assert rig.sterna("ls").returncode == 0, "the first one was not harmed"
-    done = rig.sterna("up", "--agent", "second", "--", "cat")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = rig.sterna("up", "--agent", "second", "--port", str(free_port()), "--", "cat")
+    unused = f"sterna: The node runs already on 127.0.0.1 port {rig.port}; --port is not used.\n"
+    assert (done.returncode, done.stderr) == (0, unused)
     assert f"The node runs already (pid {rig.node.pid})." in done.stdout
     assert "sterna attach second" in done.stdout
     wait_for(lambda: "second" in [agent["name"] for agent in rig.json("ls")["agents"]], name="the second agent")
@@ -117,13 +119,44 @@ def test_up_on_a_terminal_logs_to_a_file_and_says_what_it_found() -> None:
         assert log.stat().st_mode & 0o777 == 0o600
 
 
+def test_up_says_what_cannot_be_before_anything_is_started(rig: Rig) -> None:
+    env = {"STERNA_STATE": os.fspath(rig.directory / "never")}
+    missing = "sterna: The command 'nosuchprog' was not found: check its spelling and PATH.\n"
+    assert said(rig, 1, "up", "--", "nosuchprog", env=env) == missing
+    assert said(rig, 1, "up", "--agent", "bad", "--", "nosuchprog") == missing
+    assert said(rig, 1, "pod", "--agent", "bad", "--", "nosuchprog") == missing
+    assert said(rig, 1, "new", "--", "nosuchprog") == missing
+    assert "no agent name" in said(rig, 2, "up", "--agent", "a b", env=env)
+    nowhere = said(rig, 2, "up", "--host", "192.0.2.1", "--port", "0", "--web-port", str(free_port()), env=env)
+    assert "Cannot listen on 192.0.2.1: " in nowhere
+    assert "--host" in nowhere
+    assert "--web-port" not in nowhere
+    assert not (rig.directory / "never" / "agent-main.log").exists()
+
+
+def test_make_leaves_nothing_of_its_own_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sterna").write_text('#!/bin/sh\necho "args $*"; env\n')
+    (tmp_path / "bin" / "sterna").chmod(0o755)
+    for stamp in (".made", ".runtime"):
+        (tmp_path / stamp).touch()
+    env = {"PATH": os.environ["PATH"], "MINE": "1"}
+    words = ["make", "-s", "-C", os.fspath(SOURCE.parent), "run", f"VENV={tmp_path}", "ARGS=--port 1 -- 'a b'"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30, check=False)
+    args, *rest = done.stdout.splitlines()
+    assert args == "args up --port 1 -- a b", done
+    assert {line.split("=")[0] for line in rest} - {"_", "PWD", "OLDPWD", "SHLVL"} == set(env)
+
+
 # ---- which node -------------------------------------------------------------------------------------------------
 
 
 def test_a_port_alone_means_this_machine(rig: Rig) -> None:
     done = rig.sterna("ls", "--port", str(rig.port))
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"127.0.0.1:{free_port()}"[:10] in said(rig, 1, "ls", "--port", str(free_port()))
+    wrong = said(rig, 1, "ls", "--port", str(free_port()))
+    assert wrong.startswith("sterna: The node at 127.0.0.1:")
+    assert wrong.endswith("Connection refused; is `sterna up` running there, and is the port right?\n")
 
 
 def test_the_nodes_own_directory_is_a_state_as_well(rig: Rig) -> None:
@@ -227,6 +260,12 @@ def test_wrong_use_is_one_sentence_and_a_near_miss_is_named(rig: Rig) -> None:
     assert said(rig, 2, "atach").startswith("sterna: There is no command 'atach': did you mean `sterna attach`?")
     assert "`sterna ls --help`" in said(rig, 2, "ls", "--nonsense")
     assert "Missing argument" in said(rig, 2, "rename", "a")
+    assert "'--hots'. (Did you mean one of: '--host'" in said(rig, 2, "up", "--agent", "third", "--hots", "1")
+    assert "No such option '--nmae'" in said(rig, 2, "new", "--nmae=x", "--agent", "main", "--", "cat")
+    assert "Did you mean '--kind'?" in said(rig, 2, "pod", "--agent", "x", "--knid", "stream", "--", "sort")
+    assert "The command '--nmae' was not found" in said(rig, 1, "new", "--", "--nmae"), "that is its name"
+    assert "third" not in rig.sterna("ls", "--json").stdout
+    assert "nosuchfile cannot be read" in said(rig, 1, "play", "nosuchfile")
 
 
 def test_the_examples_say_how_they_are_used(rig: Rig) -> None:
@@ -240,6 +279,23 @@ def test_the_examples_say_how_they_are_used(rig: Rig) -> None:
             timeout=30, check=False,
         )  # fmt: skip
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_a_session_is_not_offered_to_itself() -> None:
+    with running() as rig:
+        assert rig.sterna("new", "--name", "own").returncode == 0
+        env = {"STERNA_SESSION_UID": rig.json("info", "own")["uid"]}
+        inside = rig.terminal("attach", "own", env=env)
+        assert inside.wait() == 1
+        text = b"sterna: This terminal is in the session own already: a session cannot show itself.\r\n"
+        assert bytes(inside.seen).endswith(b"\n" + text)
+        assert rig.sterna("new", "--name", "other").returncode == 0
+        asked = rig.terminal("attach", env=env)
+        asked.expect("Which session")
+        assert b"other" in asked.seen
+        assert b"own " not in asked.seen
+        asked.type("q\n")
+        assert asked.wait() == 130
 
 
 def test_a_link_lives_no_longer_than_a_month(rig: Rig) -> None:

@@ -146,9 +146,8 @@ def test_close_ends_the_program(rig: Rig) -> None:
 def test_which_agent_is_meant(rig: Rig) -> None:
     assert "There is no agent 'nobody' here" in refused(rig, 1, "new", "--agent", "nobody")
     done = rig.sterna("ls", "--host", "127.0.0.1", "--port", "1")
-    assert (done.returncode, done.stderr) == (
-        1, "sterna: The node at 127.0.0.1:1 cannot be reached: Connection refused.\n",
-    )  # fmt: skip
+    refusal = "cannot be reached: Connection refused; is `sterna up` running there, and is the port right?\n"
+    assert (done.returncode, done.stderr) == (1, f"sterna: The node at 127.0.0.1:1 {refusal}")
     empty = rig.directory / "empty"
     assert "start one with `sterna up`" in refused(rig, 2, "ls", "--state", os.fspath(empty))
 
@@ -425,3 +424,4 @@ def test_the_examples_work(rig: Rig) -> None:
     ok(rig, "send", "sh", "echo found-'it'", "--enter")
     out, err = watching.communicate(timeout=20)
     assert (watching.returncode, "'found-it' came before position" in out) == (0, True), err
+    assert out.startswith("watching the session sh\n")

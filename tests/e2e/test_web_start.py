@@ -75,7 +75,8 @@ def test_up_gives_a_terminal_a_link_to_all_sessions_and_a_log_none() -> None:
             assert link.host == (own_address() if away else "127.0.0.1")
             assert (link.port, link.session_port, link.session, link.mode) == (port, rig.port, None, "drive")
             assert (seen.count("█") > 200) is away
-            again = f"Ctrl-C here, then `{PROGRAM} up --host 0.0.0.0 --state {rig.state}`"
+            ports = f"--port {rig.port} --web-port {port} --state {rig.state}"
+            again = f"Ctrl-C here, then `{PROGRAM} up --host 0.0.0.0 {ports}`"
             assert (again in seen) is not away
             assert f"  {PROGRAM} attach --state {rig.state}" in seen, "without the state it would be another node"
             assert f"`{PROGRAM} down --state {rig.state}` stops all" in seen
@@ -85,8 +86,13 @@ def test_up_gives_a_terminal_a_link_to_all_sessions_and_a_log_none() -> None:
                 assert raw.connect(agent="main", cols=80, rows=24).agent == "main"
             with web.client(credential=link.ticket) as raw:
                 assert isinstance(raw.ask(want="call"), messages.Error), "it is another device's"
-            up.process.send_signal(signal.SIGINT)
-            up.expect(f"has stopped, the programs go on; `{PROGRAM} down --state {rig.state}` ends them.")
+            up.process.send_signal(signal.SIGTERM if host == ANY else signal.SIGINT)
+            ended = f"has stopped, the programs go on; `{PROGRAM} down --state {rig.state}` ends them."
+            up.expect(
+                f"from elsewhere, as by `sterna down`; `{PROGRAM} up --host {ANY} {ports}` starts it again."
+                if host == ANY
+                else ended
+            )
             assert up.wait() == 0
         for more in ((), ("--json",)):
             node = rig.node = Daemon(rig.words("up", *options, *more), rig.env, rig.directory / "plain.log")

@@ -172,12 +172,12 @@ class Gate:
         self.open = threading.Event()
         snapshot = GhosttyTerminal.snapshot
 
-        def gated(terminal: GhosttyTerminal, *, scrollback: bool = True) -> bytes:
+        def gated(terminal: GhosttyTerminal, *, scrollback: bool = True, final: bool = False) -> bytes:
             if scrollback:
                 self.begun.append(time.monotonic())
                 self.entered.release()
                 assert self.open.wait(WAIT_SECONDS)
-            return snapshot(terminal, scrollback=scrollback)
+            return snapshot(terminal, scrollback=scrollback, final=final)
 
         monkeypatch.setattr(GhosttyTerminal, "snapshot", gated)
 
@@ -322,7 +322,7 @@ def test_pictures_of_a_busy_program_are_exact(tmp_path: Path, monkeypatch: pytes
                 pod.assert_same(position, data)
         whole = open_terminal(80, 24)
         whole.feed(pod.output)
-        assert pod.snapshots[0] == (len(pod.output), whole.snapshot()), "the last screen is another one"
+        assert pod.snapshots[0] == (len(pod.output), whole.snapshot(final=True)), "the last screen is another one"
     finally:
         pod.close()
 

@@ -62,7 +62,7 @@ def test_a_smaller_terminal_is_left_without_what_it_cannot_show() -> None:
         cols, rows = r.choice(SIZES)
         original = GhosttyTerminal(cols, rows, 50)
         original.feed(b"".join(pieces(r, cols, rows, 60, alternate=True)) + b"\x18")
-        few, low = r.randint(2, cols), r.randint(3, rows)
+        few, low = r.choice([r.randint(2, cols), cols]), r.randint(3, rows)
         smaller = GhosttyTerminal(few, low, 1000)
         smaller.feed(b"".join(b"mine %d\r\n" % line for line in range(3 * low)))
         above = smaller.cells(scrollback=True)[:-low]
@@ -72,7 +72,8 @@ def test_a_smaller_terminal_is_left_without_what_it_cannot_show() -> None:
         assert stops(smaller) == wanted, f"seed {BASE + number}: {cols} x {rows} on {few} x {low}"
         wrapped = original.state(scrollback=False).main.rows
         first = next((y for y, row in enumerate(wrapped, 1) if not row.wrapped), rows)
-        if first * -(-cols // few) + 1 < low:
+        # On a narrower one a wide character may not fit in where it stands, and goes to the next row.
+        if few == cols and first + 1 < low:
             smaller.feed(b"\x18\x1b[?1049l")
             assert smaller.cells(scrollback=True)[:-low] == above, f"seed {BASE + number}: {few} x {low}"
             cut += low < rows

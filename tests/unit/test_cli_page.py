@@ -84,7 +84,7 @@ def test_up_says_what_is_missing_and_names_the_state_that_was_chosen(
     state = str(tmp_path / "my state")
     for chosen, words, terminal in ((state, f" --state '{state}'", True), (None, "", False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        up._announce(about, state, "main", False, chosen)
+        up._announce(about, state, "main", False, chosen, "sterna up")
         said = capsys.readouterr()
         assert [line for line in said.err.splitlines() if "There is no" in line] == [
             *["sterna: There is no QUIC: …"] * terminal, "sterna: There is no web page: …",

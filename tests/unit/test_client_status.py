@@ -17,6 +17,7 @@ from sterna.pod.screen_ghostty import GhosttyTerminal
 from sterna.units import SECOND
 
 COLS, ROWS = 60, 10
+ABSENT = "sterna: no node answers on host … 12 s  (~. and `again`)"
 TEXT = "sterna: reconnecting to host … {} s  (~. to give up)"
 
 
@@ -105,6 +106,9 @@ def test_it_is_shown_and_leaves_no_trace(output: bytes) -> None:
     session.trouble(11)
     # Text is printed in a charset of its own only while the program prints.
     assert any(TEXT.format(11) in line for line in session.lines())
+    session.status.absent = "~. and `again`"
+    session.trouble()
+    assert any(line.rstrip() == ABSENT for line in session.lines())
     session.over()
     assert not session.status.visible
     if output == SCREENS["cut in a title"]:

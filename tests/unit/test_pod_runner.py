@@ -58,9 +58,9 @@ class Screen(LazyScreen):
         self.log.append(f"resize {cols}x{rows} after {self.backlog}")
         super().resize(cols, rows)
 
-    def snapshot(self, scrollback: bool = True) -> bytes:
+    def snapshot(self, scrollback: bool = True, *, final: bool = False) -> bytes:
         self.log.append(f"draw {scrollback}")
-        return super().snapshot(scrollback)
+        return super().snapshot(scrollback, final=final)
 
     def copy(self) -> ScreenCopy | None:
         self.log.append("copy")

@@ -176,6 +176,38 @@ def test_soft_wraps_survive_so_that_resizing_reflows() -> None:
     assert one.cells() == other.cells()
 
 
+@pytest.mark.parametrize("size", [(110, 40), (90, 30), (80, 24), (60, 40), (80, 7)])
+@pytest.mark.parametrize("last", ["abcdefghijklmnopqrs\r\n", "a" * 80, "x" * 80 + "\x1b7\r\n", "cut\x1b[3"])
+def test_a_last_snapshot_is_right_in_another_size_too(last: str, size: tuple[int, int]) -> None:
+    one, seen = GhosttyTerminal(80, 24), GhosttyTerminal(*size)
+    one.feed(f"{'wraps':<83}\r\nabcdefghij\r\n{last}".encode())
+    seen.feed(one.snapshot(final=True))
+    one.resize(*size)
+    assert seen.text() == one.text()
+    row = seen.cursor()[1]
+    assert not any(seen.text().splitlines()[row + 1 :]), "what is said next stands below"
+    seen.feed(b"\r\n!")
+    assert "!" in seen.text().splitlines()[row + 1], "no sequence goes on"
+
+
+def test_a_last_snapshot_of_the_alternate_screen_has_its_text_and_cursor() -> None:
+    one, seen = GhosttyTerminal(80, 24), GhosttyTerminal(80, 24)
+    one.feed(b"main\x1b[?1049h\x1b[2;20r\x1b[?6h\x1b[3;5Hhere" + b"\x1b[1;80Hx")
+    seen.feed(one.snapshot(final=True))
+    assert (seen.text(), seen.cursor()) == (one.text(), one.cursor())
+    seen.feed(b"\x1b[?1049l")
+    assert seen.text().rstrip() == "main"
+
+
+@pytest.mark.parametrize("lines", [3, 100])
+def test_a_last_snapshot_after_a_clear_leaves_what_scrolled_out_above(lines: int) -> None:
+    one, seen = GhosttyTerminal(80, 24), GhosttyTerminal(80, 24)
+    one.feed(b"line\r\n" * lines + b"\x1b[H\x1b[2Jtop\r\n\r\n\x1b[44m \x1b[m\x1b[1;2H")
+    seen.feed(one.snapshot(final=True))
+    assert (seen.text(scrollback=True), seen.cursor()) == (one.text(scrollback=True), one.cursor())
+    assert seen.cells() == one.cells()
+
+
 def test_titles_lose_control_characters_in_a_snapshot() -> None:
     terminal = GhosttyTerminal(20, 5)
     terminal.feed(b"\x1b]2;good\x07")

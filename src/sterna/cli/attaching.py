@@ -103,6 +103,7 @@ def run(told: Arguments) -> int:
     options.mode = "watch" if told.watch else "drive"
     options.make_screen = _make_screen
     options.again = _again(told)
+    options.starts = _by_ssh(told.target)
     return client.attach(endpoint, wish, options)
 
 
@@ -115,10 +116,18 @@ def _again(told: Arguments) -> str:
         return shlex.join([*program(), "attach", "-"])
     if target is not None and is_link(target):
         return shlex.join([*program(), "attach"]) + " 'LINK'"
-    elsewhere = [target] if target is not None and ("@" in target or "://" in target) else []
+    elsewhere: list[str] = []
+    if target is not None and _by_ssh(target):
+        from sterna.cli.ssh import given
+
+        elsewhere = [target, *given()]
     flags = [("--state", told.state), ("--host", told.host), ("--port", told.port and str(told.port))]
     words = [*program(), "attach", *elsewhere, *(word for flag, value in flags if value for word in (flag, value))]
     return shlex.join([*words, "--name"]) + " NAME"
+
+
+def _by_ssh(target: str | None) -> bool:
+    return target is not None and ("@" in target or target.startswith("ssh://"))
 
 
 def _make_screen(cols: int, rows: int) -> ScreenModel:

@@ -21,3 +21,22 @@ def node_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+class WithCommand(click.Command):
+    """A command that ends in COMMAND…, whose own options are left to it; what stands before it must be known."""
+
+    ignore_unknown_options = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises NoSuchOption for a COMMAND that begins with what looks like an option of ours, unless after `--`."""
+        after = args[args.index("--") + 1 :] if "--" in args else []
+        rest = super().parse_args(ctx, args)
+        words: tuple[str, ...] = ctx.params.get("command", ())
+        if len(words) > len(after) and words[0].startswith("-") and words[0] != "-" and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            option = words[0].split("=")[0]
+            known = [each for parameter in self.params for each in parameter.opts if each.startswith("--")]
+            raise click.NoSuchOption(option, possibilities=get_close_matches(option, known), ctx=ctx)
+        return rest

@@ -9,8 +9,10 @@ import signal
 
 import click
 
+from sterna.cli.options import WithCommand
 
-@click.command(context_settings={"ignore_unknown_options": True})
+
+@click.command(cls=WithCommand)
 @click.option("--tenant", default="local", show_default=True, help="Whose agent it is.")
 @click.option("--agent", required=True, help="The agent's name.")
 @click.option("--sockets", type=click.Path(file_okay=False), help="Directory of pod sockets.")
@@ -29,12 +31,15 @@ def pod(tenant: str, agent: str, sockets: str | None, kind: str, cwd: str | None
     from sterna.cli.loop import run
     from sterna.pod.runner import ProgramStarter
     from sterna.pod.server import PodServer, socket_path
+    from sterna.pod.spawn import check_command
 
+    home = cwd or os.path.expanduser("~")
+    check_command(command, home, os.environ)
     directory = paths.socket_dir(sockets) if sockets else paths.runtime_dir()
     starter = ProgramStarter(
         list(command),
         kind="stream" if kind == "stream" else "pty",
-        cwd=cwd or os.path.expanduser("~"),
+        cwd=home,
         env=os.environ,
         agent=agent,
     )

@@ -277,24 +277,21 @@ def play(file: str, speed: float, idle_limit: float | None) -> None:
     from sterna.client.cast import CastReader
     from sterna.client.terminal import Terminal
 
-    if not sys.stdin.isatty() or not sys.stdout.isatty():
-        raise UsageError("Playing needs a terminal: standard input or output is none.")
     try:
         stream = open(file, "rb")  # noqa: SIM115 -- closed below, after the header was looked at
     except OSError as error:
         raise StorageError(f"The recording {file} cannot be read: {error.strerror}.") from None
     with stream:
         reader = CastReader(stream, file)
+        if not sys.stdin.isatty() or not sys.stdout.isatty():
+            raise UsageError("Playing needs a terminal: standard input or output is none.")
         idle = idle_limit if idle_limit is not None else reader.header.idle
         with Terminal() as terminal:
-            player = _Player(terminal, reader, speed, idle)
-            player.run()
-    if player.note:
-        sys.stderr.write(player.note + "\n")
+            _Player(terminal, reader, speed, idle).run()
 
 
 class _Player:
-    """Plays one recording; `note` is what is to be said once the terminal is restored."""
+    """Plays one recording."""
 
     def __init__(self, terminal: Terminal, reader: CastReader, speed: float, idle: float | None) -> None:
         from sterna.client.queries import REPLAY, QueryFilter
@@ -307,7 +304,6 @@ class _Player:
         self._poll = select.poll()
         self._poll.register(terminal.in_fd, select.POLLIN)
         self._poll.register(terminal.wake_fd, select.POLLIN)
-        self.note = ""
 
     def run(self) -> None:
         """Plays to the end, or until the user quits."""
@@ -316,7 +312,8 @@ class _Player:
         cols, rows = self._terminal.size()
         header = self._reader.header
         if header.cols > cols or header.rows > rows:
-            self.note = f"The recording is {header.cols} x {header.rows} cells large, this terminal {cols} x {rows}."
+            size = f"{header.cols} x {header.rows}"
+            self._show(f"sterna: The recording is {size} cells large, this terminal {cols} x {rows}.\r\n".encode())
         due = time.monotonic_ns()
         for interval, code, data in self._reader.events():
             pause = interval if self._idle is None else min(interval, self._idle)

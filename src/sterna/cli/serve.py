@@ -86,6 +86,9 @@ async def serve_node(
     The log goes to standard error, or is appended to the file `log_path`. The web page's usual port may be another
     node's, which then has the page, unless it was `web_asked` for. Raises SternaError when it cannot start.
     """
+    _check_address(config.host, "--host")
+    if config.web_port and config.web_host:
+        _check_address(config.web_host, "--web-host")
     configure(config.log_level, log_path)
     loop = asyncio.get_running_loop()
     node = Node(config)
@@ -110,6 +113,17 @@ async def serve_node(
         if not interrupted.is_set():
             await node.drain()
     return interrupted.is_set()
+
+
+def _check_address(host: str, option: str) -> None:
+    """Raises UsageError if this machine cannot listen on an address, whatever the port."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise UsageError(
+            f"Cannot listen on {host}: {error.strerror}; name an address of this machine with {option}."
+        ) from None
 
 
 def _web_socket(config: NodeConfig, *, asked: bool) -> tuple[socket.socket | None, str]:

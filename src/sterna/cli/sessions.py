@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sterna.cli.options import node_options
+from sterna.cli.options import WithCommand, node_options
 from sterna.errors import Code, RefusedError, UsageError
 from sterna.ids import check_name, uid_of
 
@@ -84,7 +84,7 @@ def info(session: str, as_json: bool, state: str | None, host: str | None, port:
     print_fields(fields)
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=WithCommand)
 @click.option("--agent", help="The agent (default: main, or the only one).")
 @click.option("--name", help="The session's name (default: COMMAND's, or chosen by the node).")
 @click.option("--cwd", help="Where the program runs, on the node's machine.")

@@ -76,6 +76,18 @@ def ssh_options(command: F) -> F:
     return command
 
 
+def given() -> list[str]:
+    """Returns the options by which the same node is reached again, as the user gave them."""
+    context = click.get_current_context(silent=True)
+    options: dict[str, Any] = context.meta.get(_META, {}) if context is not None else {}
+    words = ["--via-ssh"] if options.get("via_ssh") else []
+    if options.get("remote_sterna"):
+        words += ["--remote-sterna", options["remote_sterna"]]
+    if options.get("ssh", "ssh") != (os.environ.get("STERNA_SSH") or "ssh"):
+        words += ["--ssh", options["ssh"]]
+    return words
+
+
 def reach(text: str, *, state: str | None, port: int | None) -> tuple[Endpoint, str | None]:
     """Returns the node at `user@host` (or `ssh://…`), and the agent that the target names.
 
@@ -93,18 +105,34 @@ def reach(text: str, *, state: str | None, port: int | None) -> tuple[Endpoint, 
     command = shlex.split(options.get("ssh") or "ssh")
     if options.get("via_ssh"):
         remote = _invited(command, target, options, port)
+        _tell_unused(target, remote, options, port)
         return _tunnelled(command, target, remote, context), target.agent
     known = store.get(target, int(time.time()))
     if known is not None and port in (None, known.port):
         with contextlib.suppress(ConnectionLostError, RefusedError, TrustError):
-            return endpoint_of(known, target, seconds=_KNOWN_SECONDS, state=state), target.agent
+            endpoint = endpoint_of(known, target, seconds=_KNOWN_SECONDS, state=state)
+            known.started = False
+            _tell_unused(target, known, options, port)
+            return endpoint, target.agent
     remote = _invited(command, target, options, port)
+    _tell_unused(target, remote, options, port)
     try:
         endpoint = endpoint_of(remote, target, seconds=_DIRECT_SECONDS, state=state)
     except ConnectionLostError as error:
         raise _blocked(target, remote) from error
     store.put(target, remote)
     return endpoint, target.agent
+
+
+def _tell_unused(target: Target, remote: Remote, options: dict[str, Any], port: int | None) -> None:
+    """Says which options a node that runs already takes no notice of."""
+    listen = options.get("listen")
+    for option, wanted, place in (
+        ("--port", port not in (None, remote.port), f"port {remote.port}"),
+        ("--listen", listen not in (None, remote.host), f"{remote.host} port {remote.port}"),
+    ):
+        if wanted and not remote.started:
+            sys.stderr.write(f"sterna: The node on {target.host} runs already on {place}; {option} is not used.\n")
 
 
 def _blocked(target: Target, remote: Remote) -> ConnectionLostError:

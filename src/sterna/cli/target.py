@@ -107,8 +107,10 @@ def choose(
         return endpoint, Wish("new" if fresh else "named", agent=_default_agent(agents), name=name)
     if interactive is None:
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive and sum(session["state"] != "exited" for session in sessions) > 1:
-        return endpoint, _ask(sessions, agents)
+    # A session cannot show itself.
+    others = [session for session in sessions if session["uid"] != os.environ.get("STERNA_SESSION_UID")]
+    if interactive and sum(session["state"] != "exited" for session in others) > (len(others) == len(sessions)):
+        return endpoint, _ask(others, agents)
     agent = _default_agent(agents)
     tell_ended(sessions, agent)
     return endpoint, Wish("latest", agent=agent)
@@ -146,7 +148,9 @@ def _default_agent(agents: list[dict[str, Any]]) -> str:
         return DEFAULT_AGENT
     if len(names) == 1:
         return str(names[0])
-    raise UsageError(f"There are several agents here ({', '.join(names)}): name one.")
+    raise UsageError(
+        f"The agent {DEFAULT_AGENT} is not running: `sterna up` starts it; else name one of {', '.join(names)}."
+    )
 
 
 def _ask(sessions: list[dict[str, Any]], agents: list[dict[str, Any]]) -> Wish:

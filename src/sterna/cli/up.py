@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from sterna.cli.options import WithCommand
 from sterna.cli.spoken import in_state, spoken
 from sterna.errors import AgentError, SternaError, UsageError
 
@@ -30,7 +31,7 @@ _LINK_SECONDS = 3600
 _LOOPBACK = "127.0.0.1"
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=WithCommand)
 @click.option("--host", default=_LOOPBACK, show_default=True, help="Address to listen on.")
 @click.option("--port", default=7220, show_default=True, type=click.IntRange(0, 65535), help="TCP port.")
 @click.option("--web-port", type=click.IntRange(0, 65535), help="Port of the web page (7222); 0: none.")
@@ -60,7 +61,9 @@ def up(
     from sterna import paths
     from sterna.cli.loop import run
     from sterna.cli.serve import serve_node
+    from sterna.ids import check_agent
     from sterna.node.config import WEB_PORT, NodeConfig
+    from sterna.pod.spawn import check_command
 
     if no_web and web_port:
         raise UsageError("--no-web and --web-port contradict each other: leave one out.")
@@ -72,16 +75,19 @@ def up(
         quic_port=quic_port,
     )  # fmt: skip
     words = list(command) or [os.environ.get("SHELL") or "/bin/sh"]
+    if not _answers(os.path.join(sockets, f"local_{check_agent(agent)}")):
+        check_command(words, os.path.expanduser("~"), os.environ)
     paths.private_dir(config.state)
     if running_pid(config.state):
         _beside(base, sockets, agent, words, as_json, state, host)
         return
     _tell_listable(base)
+    again = spoken("up", "--host", "0.0.0.0", *_given(), state=state)  # noqa: S104 -- told, not bound to
     log_path = os.path.join(base, _LOG) if sys.stderr.isatty() and log_level is None else None
 
     def ready(about: Ready) -> None:
         found = start_pod(base, sockets, agent, words)
-        _announce(about, base, agent, as_json, state)
+        _announce(about, base, agent, as_json, state, again)
         if not as_json:
             if found:
                 _tell_found(about, agent, list(command), state)
@@ -91,6 +97,26 @@ def up(
     interrupted = run(serve_node(config, ready, log_path, web_asked=bool(web_port)))
     if interrupted and sys.stdout.isatty() and not as_json:
         print(f"\nThe node has stopped, the programs go on; `{spoken('down', state=state)}` ends them.", flush=True)
+    elif sys.stdout.isatty() and not as_json:
+        again = spoken("up", *_given("--host"), state=state)
+        print(f"\nThe node was stopped from elsewhere, as by `sterna down`; `{again}` starts it again.", flush=True)
+
+
+def _given(*more: str) -> list[str]:
+    """Returns the options as the user gave them that say which node is started, and `more` of them."""
+    context = click.get_current_context()
+    wanted = ("--port", "--web-port", "--quic-port", "--no-web", "--web-name", "--agent", *more)
+    words: list[str] = []
+    for parameter in context.command.params:
+        value, option = context.params.get(parameter.name or ""), parameter.opts[0]
+        if option in wanted and _typed(context, parameter.name or ""):
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option] if each is True else [option, str(each)]
+    return words
+
+
+def _typed(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _tell_listable(base: str) -> None:
@@ -168,12 +194,32 @@ def _beside(
     pid = running_pid(directory)
     if _answers(os.path.join(sockets, f"local_{agent}")):
         raise runs_already(directory, pid, base, chosen=state, elsewhere=host != _LOOPBACK)
+    _tell_unused(directory, base)
     start_pod(base, sockets, agent, command)
     if as_json:
         print(json.dumps({"pid": pid, "state": base, "agent": agent}), flush=True)
         return
     print(f"The node runs already (pid {pid}).")
     print(f"The agent {agent!r} is ready:  {_attach(agent, state)}", flush=True)
+
+
+def _tell_unused(directory: str, base: str) -> None:
+    """Says which options a node that runs already takes no notice of."""
+    context = click.get_current_context()
+    if not any(_typed(context, name) for name in ("host", "port", "web_port", "quic_port")):
+        return
+    from sterna.client.calls import Caller
+    from sterna.client.endpoint import find
+
+    with Caller(find(state=directory), state=base, timeout=_ASK_SECONDS) as caller:
+        about = caller.call("node")
+    told = [name for name in ("host", "port") if _typed(context, name)]
+    unused = [f"--{name}" for name in told if context.params[name] not in (about[name], 0)]
+    unused += [f"--{name.replace('_', '-')}" for name in ("web_port", "quic_port") if _typed(context, name)]
+    if unused:
+        place, verb = f"{about['host']} port {about['port']}", "is" if len(unused) == 1 else "are"
+        text = f"sterna: The node runs already on {place}; {', '.join(unused)} {verb} not used."
+        print(text, file=sys.stderr, flush=True)
 
 
 def _attach(agent: str, state: str | None) -> str:
@@ -189,7 +235,7 @@ def _tell_found(about: Ready, agent: str, command: list[str], state: str | None)
         print(f"{sessions} session{'' if sessions == 1 else 's'} found again.", flush=True)
 
 
-def _announce(about: Ready, base: str, agent: str, as_json: bool, state: str | None) -> None:
+def _announce(about: Ready, base: str, agent: str, as_json: bool, state: str | None, again: str) -> None:
     from sterna.cli.service import logout_hint
 
     about.opened.wait()
@@ -217,12 +263,12 @@ def _announce(about: Ready, base: str, agent: str, as_json: bool, state: str | N
     place = f"{about.host} port {about.port}"
     print(f"The node listens on {place} (pid {os.getpid()}, fingerprint {about.fingerprint}).")
     if about.url is not None:
-        _tell_page(about, about.url, state)
+        _tell_page(about, about.url, state, again)
     print(f"The agent {agent!r} is ready:  {_attach(agent, state)}")
     print(f"Ctrl-C stops the node, the programs go on; `{spoken('down', state=state)}` stops all.", flush=True)
 
 
-def _tell_page(about: Ready, url: str, state: str | None) -> None:
+def _tell_page(about: Ready, url: str, state: str | None, again: str) -> None:
     """Says where the web page is; on a terminal with a link that opens it: a secret, which logs must not have."""
     host, away = _page_host(about.host)
     link = None
@@ -244,7 +290,6 @@ def _tell_page(about: Ready, url: str, state: str | None) -> None:
     else:
         print("In a browser on this machine, within an hour, this opens all sessions for the first that uses it:")
         print(f"    {link}")
-        again = spoken("up", "--host", "0.0.0.0", state=state)  # noqa: S104 -- told, not bound to
         print(f"For your phone the node has to listen where that can reach it: Ctrl-C here, then `{again}`.")
 
 

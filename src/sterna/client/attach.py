@@ -22,10 +22,12 @@ from sterna.errors import DRAINING_TEXT, Code, RefusedError
 from sterna.protocol import client as machine_events
 from sterna.protocol.client import ClientMachine, Event
 from sterna.protocol.messages import Accept, Close
+from sterna.units import SECOND
 
 _ERASE_BACK = b"\x1b[3J"
 _ERASE_ALL = b"\x1b[H\x1b[J" + _ERASE_BACK
 _IN, _OUT = select.POLLIN, select.POLLOUT
+_ABSENT_NS = 10 * SECOND
 
 _TITLE_SAVED, _TITLE_BACK = b"\x1b[22;0t", b"\x1b[23;0t"
 
@@ -33,10 +35,11 @@ _TITLE_SAVED, _TITLE_BACK = b"\x1b[22;0t", b"\x1b[23;0t"
 class AttachOptions:
     """What the user chose for `attach`; `make_screen` builds the screen model for the status line.
 
-    `again` is the command that comes back, with NAME for the session's name; "" if there is none.
+    `again` is the command that comes back, with NAME for the session's name; "" if there is none. `starts` says that it
+    also starts a node where none runs.
     """
 
-    __slots__ = ("again", "clipboard", "displace", "escape", "make_screen", "mode", "notify", "state")
+    __slots__ = ("again", "clipboard", "displace", "escape", "make_screen", "mode", "notify", "starts", "state")
 
     def __init__(self) -> None:
         self.state: str | None = None
@@ -46,6 +49,7 @@ class AttachOptions:
         self.notify = False
         self.mode: str = "drive"
         self.again = ""
+        self.starts = False
         self.make_screen: Callable[[int, int], ScreenModel] | None = None
 
 
@@ -115,7 +119,7 @@ class Attach:
         """Returns what is said on the user's terminal after it was restored; "" if nothing is to be said."""
         lines: list[str] = []
         if self._inside:
-            return f"This terminal is in the session {self._name} already: a session cannot show itself."
+            return f"sterna: This terminal is in the session {self._name} already: a session cannot show itself.\n"
         if self._lost:
             lines.append(f"{self._lost} bytes of output were overwritten before this terminal got them.")
         if self._uncertain:
@@ -204,7 +208,14 @@ class Attach:
     def _tick(self) -> None:
         if self._status.next_timeout() is not None and not self._queue:
             cols, rows = self._terminal.size()
-            self._write(self._status.handle_timeout(time.monotonic_ns(), cols, rows))
+            now = time.monotonic_ns()
+            self._status.absent = self._absent() if self._driver.refused_for(now) >= _ABSENT_NS else ""
+            self._write(self._status.handle_timeout(now, cols, rows))
+
+    def _absent(self) -> str:
+        """Returns what to do where the machine answers and no node does."""
+        again = self._options.again.replace("NAME", self._name)
+        return f"~. and `{again}`" if self._options.starts else "`sterna up` there starts one; ~. to give up"
 
     # ---- events ------------------------------------------------------------------------------------------------
 

@@ -7,19 +7,23 @@ import os
 import socket
 import time
 
-from sterna.client.endpoint import Endpoint
+from sterna.client.endpoint import Endpoint, unreachable
 from sterna.protocol.client import ClientMachine
 
 
 class Dialling:
-    """Begins a machine's connections to a node, at its addresses in turn, and tells the machine of those that fail."""
+    """Begins a machine's connections to a node, at its addresses in turn, and tells the machine of those that fail.
 
-    __slots__ = ("_endpoint", "_machine", "_turn")
+    `refused_since` (monotonic nanoseconds) is when the first of those was refused that all were since; 0 if none was.
+    """
+
+    __slots__ = ("_endpoint", "_machine", "_turn", "refused_since")
 
     def __init__(self, machine: ClientMachine, endpoint: Endpoint) -> None:
         self._machine = machine
         self._endpoint = endpoint
         self._turn = 0
+        self.refused_since = 0
 
     def begin(self, number: int) -> socket.socket | None:
         """Returns a socket that is connected once it is writable, or None if it cannot be."""
@@ -40,9 +44,12 @@ class Dialling:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self._failed(number, code)
+        else:
+            self.refused_since = 0
         return not code
 
     def _failed(self, number: int, code: int) -> None:
-        text = f"The node at {self._endpoint.name} cannot be reached: {os.strerror(code)}."
-        again = code == errno.ECONNRESET
-        self._machine.dial_failed(number, time.monotonic_ns(), refused=True, again=again, reason=text)
+        now = time.monotonic_ns()
+        self.refused_since = (self.refused_since or now) if code in (errno.ECONNREFUSED, errno.ENOENT) else 0
+        text = str(unreachable(self._endpoint.name, OSError(code, os.strerror(code))))
+        self._machine.dial_failed(number, now, refused=True, again=code == errno.ECONNRESET, reason=text)

@@ -218,6 +218,10 @@ class PollDriver:
         self._standby_until = 0
         self._last_active: int | None = None
 
+    def refused_for(self, now: int) -> int:
+        """Returns how long (nanoseconds) the node's machine has refused every connection: no node is there."""
+        return now - self._dialling.refused_since if self._dialling.refused_since else 0
+
     # ---- other descriptors -------------------------------------------------------------------------------------
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:

@@ -354,7 +354,11 @@ def unreachable(name: str, error: OSError) -> ConnectionLostError:
         return ConnectionLostError(f"What listens at {name} does not answer as a Sterna node: check host and port.")
     if isinstance(error, TimeoutError):
         return ConnectionLostError(f"The node at {name} does not answer: check host and port, and the firewalls.")
-    return ConnectionLostError(f"The node at {name} cannot be reached: {error.strerror or error}.")
+    what = f"The node at {name} cannot be reached: {error.strerror or error}"
+    if isinstance(error, ConnectionRefusedError):
+        port = ", and is the port right" if ":" in name else ""
+        return ConnectionLostError(f"{what}; is `sterna up` running there{port}?")
+    return ConnectionLostError(f"{what}.")
 
 
 def stranger(endpoint: Endpoint) -> TrustError:

@@ -45,8 +45,17 @@ def forwarded_environment() -> dict[str, str]:
 
 def device_label() -> str:
     """Returns what this installation calls itself to others: the user's name and the host's."""
-    user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or _login()
     return clean_label(f"{user}@{socket.gethostname()}")
+
+
+def _login() -> str:
+    import pwd  # rarely needed
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def make_machine(

@@ -179,11 +179,12 @@ class StatusLine:
     same `Terminal.write` (so `modes` sees them) but not into `tail`. `make_screen(cols, rows)` gives a fresh screen
     model; None, or one that fails, means that the window title is used. `hint` says how to give up. `color` False
     (NO_COLOR) draws without any style, `unicode` False in ASCII.
+    `absent`, while it is set, says that no node is there, and what to do about that.
     """
 
     __slots__ = (
-        "_color", "_hint", "_last", "_make_screen", "_message", "_model", "_modes", "_next_ns", "_row", "_shown",
-        "_since_ns", "_size", "_tail", "_title", "_unicode", "_unfinished", "_why",
+        "_color", "_hint", "_host", "_last", "_make_screen", "_model", "_modes", "_next_ns", "_row", "_shown",
+        "_since_ns", "_size", "_tail", "_title", "_unicode", "_unfinished", "_why", "absent",
     )  # fmt: skip
 
     def __init__(
@@ -197,7 +198,8 @@ class StatusLine:
         color: bool = True,
         unicode: bool = True,
     ) -> None:
-        self._message = "reconnecting to " + "".join(char for char in host if char.isprintable())[:LABEL_MAX_CHARS]
+        self._host = "".join(char for char in host if char.isprintable())[:LABEL_MAX_CHARS]
+        self.absent = ""
         self._tail = tail
         self._modes = modes
         self._make_screen = make_screen
@@ -354,9 +356,10 @@ class StatusLine:
 
     def _text(self, elapsed: int) -> str:
         dots = "…" if self._unicode else "..."
-        text = f"sterna: {self._why}{self._message} {dots} {elapsed} s"
-        if self._hint:
-            text += f"  ({self._hint})"
+        what = f"no node answers on {self._host}" if self.absent else f"{self._why}reconnecting to {self._host}"
+        text = f"sterna: {what} {dots} {elapsed} s"
+        if hint := self.absent or self._hint:
+            text += f"  ({hint})"
         return text if self._unicode else text.encode("ascii", "replace").decode()
 
     def _draw(self, elapsed: int) -> bytes:

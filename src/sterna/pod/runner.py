@@ -545,8 +545,8 @@ class _LastScreen(_Drawing):
         self._runner.finish(self.data[0] if self.data else b"")
 
     def _paint(self, source: LazyScreen | ScreenCopy) -> None:
-        final = compress(source.snapshot(True))
-        self.data.append(final if len(final) <= limits.FINAL_MAX_BYTES else compress(source.snapshot(False)))
+        data = compress(source.snapshot(True, final=True))
+        self.data.append(data if len(data) <= limits.FINAL_MAX_BYTES else compress(source.snapshot(False, final=True)))
 
 
 def _nothing() -> None:

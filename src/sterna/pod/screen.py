@@ -38,7 +38,7 @@ class Terminal(Protocol):
     def at_ground(self) -> bool:
         """Says whether the parser is between sequences and characters."""
 
-    def snapshot(self, *, scrollback: bool = True) -> bytes:
+    def snapshot(self, *, scrollback: bool = True, final: bool = False) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`."""
 
     def pack(self) -> bytes | None:
@@ -205,7 +205,7 @@ class LazyScreen:
         with self._lock:
             return self._settle().at_ground()
 
-    def snapshot(self, scrollback: bool = True) -> bytes:
+    def snapshot(self, scrollback: bool = True, *, final: bool = False) -> bytes:
         """Returns what repaints the screen as it is after all output so far, on any terminal of the same size.
 
         With `scrollback` the lines above the screen too. If the whole would be larger than a snapshot may be, it is
@@ -213,9 +213,9 @@ class LazyScreen:
         """
         with self._lock:
             engine = self._settle()
-            data = engine.snapshot(scrollback=scrollback)
+            data = engine.snapshot(scrollback=scrollback, final=final)
             if scrollback and len(data) > limits.SNAPSHOT_MAX_BYTES:
-                return engine.snapshot(scrollback=False)
+                return engine.snapshot(scrollback=False, final=final)
             return data
 
     def copy(self) -> ScreenCopy | None:
@@ -276,11 +276,11 @@ class ScreenCopy:
         self._packed = packed
         self._engine: Terminal | None = None
 
-    def snapshot(self, scrollback: bool = True) -> bytes:
+    def snapshot(self, scrollback: bool = True, *, final: bool = False) -> bytes:
         """Returns what `LazyScreen.snapshot` would have returned at that moment."""
         if self._engine is None:
             self._engine, self._packed = open_terminal(*self._size, packed=self._packed), b""
-        return self._engine.snapshot(scrollback=scrollback)
+        return self._engine.snapshot(scrollback=scrollback, final=final)
 
     def close(self) -> None:
         """Frees the memory; the object must not be used again."""

@@ -295,21 +295,22 @@ class GhosttyTerminal:
                     raise _TooMuchError
         return rows
 
-    def snapshot(self, *, scrollback: bool = True) -> bytes:
+    def snapshot(self, *, scrollback: bool = True, final: bool = False) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`.
 
+        `final` says that nothing is written after it: then it is for other sizes as well.
         An unfinished sequence or character comes last, so that what follows in the output goes on with it. What would
         be larger than a snapshot may be is given up as soon as that is clear, and the screen drawn alone.
         """
-        rest = self._continuation()
+        rest = b"" if final else self._continuation()
         if scrollback:
             try:
-                data = write_snapshot(self.state()) + rest
+                data = write_snapshot(self.state(final=final)) + rest
             except _TooMuchError:
                 data = b""
             if 0 < len(data) <= limits.SNAPSHOT_MAX_BYTES:
                 return data
-        return write_snapshot(self.state(scrollback=False)) + rest
+        return write_snapshot(self.state(scrollback=False, final=final)) + rest
 
     def _continuation(self) -> bytes:
         if self.at_ground():
@@ -320,7 +321,7 @@ class GhosttyTerminal:
         self._lib.terminal_continuation_buf(self._handle, buffer, size.value, ctypes.byref(size))
         return buffer.raw[: size.value]
 
-    def state(self, *, scrollback: bool = True) -> TerminalState:
+    def state(self, *, scrollback: bool = True, final: bool = False) -> TerminalState:
         """Returns everything that a snapshot tells; hidden parts are tried out on a copy.
 
         Raises _TooMuchError if that is more than a snapshot may be, with scroll-back.
@@ -337,7 +338,7 @@ class GhosttyTerminal:
             state.entered = next((m for m in ALT_SCREEN_MODES if self.mode(m)), 47)
         else:
             state = TerminalState(self.cols, self.rows, active)
-        state.scrollback = scrollback
+        state.scrollback, state.final = scrollback, final
         state.modes = {number: self.mode(number) for number in MODES}
         state.ansi_modes = {number: self.mode(number, ansi=True) for number in (4, 20)}
         state.title = self._string(vt.DATA_TITLE)

@@ -113,7 +113,7 @@ class PyteTerminal:
         above = list(self._screen.history.top)[-self.scrollback_lines :] if scrollback and self.scrollback_lines else []
         return [self._row(line) for line in (*above, *(self._screen.buffer[y] for y in range(self.rows)))]
 
-    def snapshot(self, *, scrollback: bool = True) -> bytes:
+    def snapshot(self, *, scrollback: bool = True, final: bool = False) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`."""
         screen = self._screen
         x, y = self.cursor()
@@ -125,7 +125,7 @@ class PyteTerminal:
             pen = Pen(b"\x1b[0" + _sgr(point.cursor.attrs) + b"m")
             saved = Cursor(min(point.cursor.x, self.cols - 1), point.cursor.y, False, point.origin, pen)
         state = TerminalState(self.cols, self.rows, ScreenState(self.cells(scrollback=scrollback), cursor, saved, []))
-        state.scrollback = scrollback
+        state.scrollback, state.final = scrollback, final
         state.modes = {number: self.mode(number) or (default and number > 1000) for number, default in MODES.items()}
         state.ansi_modes = {4: self.mode(4, ansi=True), 20: self.mode(20, ansi=True)}
         state.title = screen.title.encode()

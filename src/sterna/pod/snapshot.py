@@ -206,7 +206,8 @@ class ScreenState:
 class TerminalState:
     """Everything a snapshot tells. `margins`, `tab_stops`, `colors`, `modify_keys` are ready sequences.
 
-    `written_last` is the character that REP repeats.
+    `written_last` is the character that REP repeats. With `final` nothing goes on from there: the bytes are also good
+    for a terminal of another size, where lines wrap elsewhere.
     `entered` is the mode by which the alternate screen was entered, 0 if the main one is shown; `margin_left` and
     `margin_top` are what origin mode counts from.
     """
@@ -217,6 +218,7 @@ class TerminalState:
         "cols",
         "colors",
         "entered",
+        "final",
         "main",
         "margin_left",
         "margin_top",
@@ -238,7 +240,7 @@ class TerminalState:
         self.main = main
         self.alternate: ScreenState | None = None
         self.entered = 0
-        self.scrollback = False
+        self.scrollback = self.final = False
         self.modes: dict[int, bool] = dict(MODES)
         self.saved_modes: dict[int, bool] = {}
         self.ansi_modes: dict[int, bool] = {}
@@ -249,6 +251,12 @@ class TerminalState:
 
 def write_snapshot(state: TerminalState) -> bytes:
     """Returns the bytes that repaint `state` on a terminal of its size."""
+    if state.final:
+        # Where lines wrap elsewhere, a character that is written again would stand in a row that is not its own.
+        state.written_last = ""
+        for screen in filter(None, (state.main, state.alternate)):
+            screen.cursor.wrap_pending = screen.saved.wrap_pending = False
+            _trim(screen, state.rows)
     out = bytearray(_prefix(state))
     # Without scroll-back, what the terminal has there must stay as it is, and some put there what ED clears: not so DL.
     erase = b"\x1b[H\x1b[J\x1b[3J" if state.scrollback else b"\x1b[H\x1b[%dM" % limits.SIZE_MAX_CELLS
@@ -260,7 +268,9 @@ def write_snapshot(state: TerminalState) -> bytes:
         active = state.alternate
         out += _PLAIN + _ASCII + _paint(active, erase=b"\x1b[H\x1b[J")
     out += _tabs(state)
-    out += _save(active, state) + b"\x1b[?6l"
+    # With margins the painting has left the last row.
+    from_below = state.final and (state.scrollback or active is state.alternate)
+    out += b"\x1b7" if from_below else _save(active, state) + b"\x1b[?6l"
     out += _modes(state)
     out += state.colors + state.modify_keys
     if state.title:
@@ -271,15 +281,32 @@ def write_snapshot(state: TerminalState) -> bytes:
     out += _repeat(active, state)
     # From here on only what must come last, as margins and origin mode move the cursor.
     out += state.margins
-    if active.cursor.origin:
-        out += b"\x1b[?6h"
-    out += _place(active, active.cursor, state, relative=active.cursor.origin)
+    if from_below:
+        up = min(state.rows, len(active.rows)) - 1 - active.cursor.y
+        out += b"\x1b8" + (b"\x1b[%dA" % up if up else b"") + b"\x1b[%dG" % (active.cursor.x + 1)
+    else:
+        if active.cursor.origin:
+            out += b"\x1b[?6h"
+        out += _place(active, active.cursor, state, relative=active.cursor.origin)
     if state.ansi_modes.get(4):
         out += b"\x1b[4h"
     if not state.modes[7]:
         out += b"\x1b[?7l"
     out += active.cursor.pen.write()
     return bytes(out)
+
+
+def _trim(screen: ScreenState, height: int) -> None:
+    """Drops the blank rows below the cursor, which would push the text out of a lower terminal.
+
+    Where lines have scrolled out, they stay: without them those lines would come back.
+    """
+    rows = screen.rows
+    blank = len(rows) == height
+    while blank and len(rows) > screen.cursor.y + 1 and not rows[-2].wrapped:
+        blank = not any(run.text or run.background for run in rows[-1].runs)
+        if blank:
+            rows.pop()
 
 
 def _prefix(state: TerminalState) -> bytes:

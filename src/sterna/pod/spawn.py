@@ -75,6 +75,11 @@ def find_command(argv: Sequence[str], cwd: str, env: Mapping[str, str]) -> str:
     raise AgentError(f"The command {name!r} was not found: check its spelling and PATH.")
 
 
+def check_command(argv: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
+    """Raises AgentError if there is no such command; sessions may run elsewhere, so `cwd` need not be there."""
+    find_command(argv, cwd if os.access(cwd, os.X_OK) else "/", env)
+
+
 def spawn(
     path: str,
     argv: Sequence[str],
