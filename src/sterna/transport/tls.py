@@ -88,7 +88,7 @@ class TlsSocket:
 
         BlockingIOError when there is none now, ConnectionAbortedError when the peer sends records without any.
         """
-        count = 0
+        count = -1
         # Where nothing was left, OpenSSL need not say so: its exception costs as much as a small record.
         for piece in (False, True) if self._in.pending or self._tls.pending() else (True,):
             if piece and not self._fill(barren=True):
@@ -108,9 +108,9 @@ class TlsSocket:
             self._push()  # answers to what came
         if self._barren - self._in.pending > BARREN_MAX_BYTES:
             raise ConnectionAbortedError("it sends TLS records without data")
-        if not count:
+        if count < 0:
             raise BlockingIOError
-        return count
+        return count  # 0 for a close_notify
 
     def _fill(self, *, barren: bool = False) -> bool:
         """Reads one piece from the socket for OpenSSL; False at the end."""
