@@ -2,7 +2,8 @@
 
 python examples/remote_build.py HOST TOKEN-FILE DIRECTORY COMMAND…
 
-HOST needs a running daemon (`sterna-remote -serve -token-file …`); TOKEN-FILE is a local copy of its token.
+HOST needs a running daemon (`sterna-remote -serve -token-file …`); TOKEN-FILE is a local copy of its token, which lies
+there in `~/.claude/remote/daemon.token`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ if __name__ == "__main__":
         sys.exit("usage: remote_build.py HOST TOKEN-FILE DIRECTORY COMMAND…")
     try:
         secret = Path(sys.argv[2]).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        sys.exit(f"remote_build: {sys.argv[2]} cannot be read ({error.strerror}): copy the daemon's token there.")
+    try:
         sys.exit(asyncio.run(main(sys.argv[1], secret, sys.argv[3], sys.argv[4:])))
     except SternaError as error:
         sys.exit(f"remote_build: {error}")

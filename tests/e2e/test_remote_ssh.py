@@ -343,6 +343,16 @@ def test_control_c_goes_to_the_command_and_twice_leaves(machines: Machines) -> N
         assert client.wait(10) == 130
 
 
+def test_a_program_that_is_not_there_is_named(machines: Machines) -> None:
+    machines.sterna.write_text("#!/nowhere/python\n")  # as after an upgrade of Python
+    done = attach(machines, "--", "true", stdin=subprocess.DEVNULL)
+    assert "dev does not find the program that runs sterna: install it there" in done.stderr.decode()
+    assert done.returncode == 2
+    done = attach(machines, "--ssh", "/nowhere/ssh -v", "--", "true", stdin=subprocess.DEVNULL)
+    assert "'/nowhere/ssh -v' cannot be started: install OpenSSH or say" in done.stderr.decode()
+    assert done.returncode == 2
+
+
 def test_a_closed_pipe_ends_a_command_without_a_name(machines: Machines) -> None:
     words = " ".join(attach_words(machines, "--", "yes", "marker-of-this-test"))
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ GROUPS = (
     "cli", "envelope", "files", "git_basic", "git_status", "params_typing", "process", "tilde", "worktree_remove",
     "worktree_source",
 )  # fmt: skip
+
+MODULE = f"{sys.executable} -m sterna.remote"
+EXECUTABLE = Path(sys.executable).with_name("sterna-remote")
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded vectors are not beside this checkout")
 
@@ -29,14 +33,19 @@ def test_vectors(group: str, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_vectors_of_durable_processes(tmp_path: Path) -> None:
-    play("process", tmp_path, " -durable")
+    play("process", tmp_path, f"{MODULE} -durable")
 
 
-def play(group: str, tmp_path: Path, flags: str = "") -> None:
+@pytest.mark.skipif(not EXECUTABLE.exists(), reason="the executable is not installed in this environment")
+def test_vectors_of_the_installed_executable(tmp_path: Path) -> None:
+    play("envelope", tmp_path, shlex.quote(str(EXECUTABLE)))
+
+
+def play(group: str, tmp_path: Path, daemon: str = MODULE) -> None:
     source = Path(__file__).parents[2] / "src"
     done = subprocess.run(
         [
-            sys.executable, str(SHARED / "play.py"), "--daemon", f"{sys.executable} -m sterna.remote{flags}",
+            sys.executable, str(SHARED / "play.py"), "--daemon", daemon,
             "--env", f"PYTHONPATH={source}", "--cases", str(SHARED / "vectors" / f"{group}.jsonl"),
         ],
         cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"},

@@ -39,6 +39,7 @@ while not over:
 os.write(1, b"read %d wrong %d wrote %d %d\\n" % (count, wrong, line, error))
 os._exit(int(sys.argv[1]))
 """
+RAW = "import tty; tty.setraw(0)\n"  # a terminal that changes nothing
 
 
 def holders(directory: Path) -> list[int]:
@@ -67,11 +68,13 @@ class BrokenError(Exception):
 class Talk:
     """A client of one process, in a thread: it checks each frame, feeds numbered lines, and comes back when cut off.
 
-    Parameters: `directory`, of the daemon; `name`, of the process; `code`, with which that is to exit.
+    Parameters: `directory`, of the daemon; `name`, of the process; `code`, with which that is to exit; `terminal`,
+    whether it has one.
     """
 
-    def __init__(self, directory: Path, name: str, code: int) -> None:
+    def __init__(self, directory: Path, name: str, code: int, *, terminal: bool = False) -> None:
         self._path, self._name, self._code = str(directory / "rpc.sock"), name, code
+        self._terminal = terminal
         self.enough = threading.Event()
         self.abandoned = threading.Event()
         self.failure: BaseException | None = None
@@ -124,7 +127,9 @@ class Talk:
         result = message["result"]
         if not result["found"]:
             assert not self.pid, "the process is forgotten"
-            command = {"command": sys.executable, "args": ["-c", CHILD, str(self._code)]}
+            command: dict[str, Any] = {"command": sys.executable, "args": ["-c", CHILD, str(self._code)]}
+            if self._terminal:
+                command |= {"args": ["-c", RAW + CHILD, str(self._code)], "pty": {}}
             client.post("process.spawn", 2, id=self._name, wantPid=True, **command)
             while "type" in (message := self._message(client)):
                 at = self._take(message, at)
@@ -137,6 +142,8 @@ class Talk:
             applied = result["stdinApplied"]
         assert self._applied <= applied <= len(self._sent)
         self._applied = applied
+        while self._terminal and not self.frames:  # it is not raw before
+            at = self._take(self._message(client), at)
         self._feed(client)
         while not self.over:
             message = self._message(client)
@@ -177,6 +184,10 @@ class Talk:
             for stream in ("stdout", "stderr")
         )
         *lines, last = out.decode().splitlines()
+        if self._terminal:
+            errors_seen = [line for line in lines if line.startswith("err ")]
+            lines = [line for line in lines if not line.startswith("err ")]
+            err = "".join(f"{line}\n" for line in errors_seen).encode()
         _, read, _, wrong, _, wrote, errors = last.split()
         assert (int(read), wrong) == (self._lines, "0"), f"{last}, {self._lines} lines were sent"
         assert int(wrote) == len(lines), "output is lost or doubled"

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from sterna.remote import Client
+from sterna.remote.dispatch import METHODS
 from tests.integration.remote_rig import TOKEN, Daemon
 
 HERE = [sys.executable, "-m", "sterna.remote"]
 SAME = [sys.executable, "-m", "sterna", "remote"]
+WAY = "`sterna remote attach HOST -- COMMAND…` runs a command on another machine"
+HINT = f"sterna: {WAY} (`sterna remote attach --help`)."
 
 
 def run(words: list[str], home: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -24,7 +28,7 @@ def run(words: list[str], home: Path, stdin: bytes = b"") -> subprocess.Complete
 @pytest.mark.parametrize(
     "words",
     [
-        ["-version"], ["--version"], [], ["-zzz"], ["-socket"], ["-h"], ["--", "-version"],
+        ["-version"], ["--version"], [], ["-zzz"], ["-socket"], ["-h"], ["--help"], ["--", "-version"],
         ["-stop", "-socket", "none"], ["-bridge", "--socket=none"], ["-version=0", "x", "-version"],
         ["-install", "-cli-version", "a/b", "-cli-dir", "d"],
     ],
@@ -39,7 +43,43 @@ def test_every_word_is_the_daemons(words: list[str], tmp_path: Path) -> None:
     def without_program(text: bytes) -> list[str]:
         return [line for line in text.decode().splitlines() if program not in line and not line.startswith("Usage of ")]
 
-    assert without_program(same.stderr) == without_program(mine.stderr)
+    more = [] if words and words[0] not in {"-h", "--help"} else [HINT]
+    assert without_program(same.stderr) == without_program(mine.stderr) + more
+    assert HINT not in mine.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["atach", "lab"], f"There is no `sterna remote atach`: {WAY}"),
+        (["attach", "lab", "ls", "-a"], "No such option '-a': if it belongs to the command, put -- before"),
+        (["attach", "lab", "ls", "--all"], "put -- before the command."),
+    ],
+)
+def test_a_word_that_is_not_known(words: list[str], said: str, tmp_path: Path) -> None:
+    done = run([*SAME, *words], tmp_path)
+    assert said in done.stderr.decode()
+    assert (done.stdout, done.returncode) == (b"", 2)
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
+
+
+def test_the_first_lines_of_the_guide_work(tmp_path: Path) -> None:
+    block = GUIDE.partition("```sh\n")[2].partition("```")[0]
+    assert "-bridge" in block
+    env = {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SHELL": "/bin/sh"}
+    done = subprocess.run(["sh", "-c", block], env=env, capture_output=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert list(json.loads(done.stdout)["result"]) == ["version", "platform", "arch"]
+    assert os.listdir(tmp_path / ".claude/remote") == ["remote-server.log"]
+
+
+def test_the_guide_says_what_each_method_is_called_in_python() -> None:
+    rows = [line.strip("| ").split(" | ") for line in GUIDE.splitlines() if line.startswith("| ")]
+    named = {row[0]: row[-1].strip("`") for row in rows if row[0] in METHODS and row[-1].startswith("`")}
+    assert set(named) == set(METHODS)
+    assert all(callable(getattr(Client, name)) for name in named.values())
 
 
 def meet(home: Path, **request: object) -> tuple[dict[str, str], bytes, int]:
@@ -102,7 +142,7 @@ def test_a_daemon_that_runs_is_used_and_one_without_its_token_is_not(tmp_path: P
         assert meet(tmp_path, socket=daemon.path) == ({"token": TOKEN}, PONG, 0)
         (tmp_path / "daemon.token").write_text("wrong")
         answer, _, status = meet(tmp_path, socket=daemon.path)
-        assert "does not take the token beside it: stop it with" in answer["error"]
+        assert "does not take the token beside it: end it" in answer["error"]
         assert status == 1
 
 

@@ -16,9 +16,9 @@ import msgspec
 import pytest
 
 from sterna.errors import ConnectionLostError, SternaError, UsageError
-from sterna.remote import Client, Exit, Gap, Output, Process, ProcessLostError, RemoteError
+from sterna.remote import Client, Exit, Gap, Output, Process, ProcessLostError, RemoteError, clientwire
 from sterna.remote.clientcalls import Validity
-from sterna.remote.clientwire import Link
+from sterna.remote.clientwire import Link, SocketDialer
 from sterna.remote.dispatch import METHODS
 from tests.integration.remote_rig import TOKEN, Daemon
 
@@ -265,8 +265,75 @@ async def test_the_end_of_the_daemon(tmp_path: Path) -> None:
                 await client.shutdown()
                 with pytest.raises(ConnectionLostError):
                     await client.ping()
-    with pytest.raises(ConnectionLostError, match="No daemon answers"):
-        await Client.connect(str(tmp_path / "rpc.sock"))
+    place = tmp_path / "a place"
+    with pytest.raises(ConnectionLostError, match="No daemon answers") as caught:
+        await Client.connect(str(place / "rpc.sock"))
+    (tmp_path / "sterna-remote").write_text(f'#!/bin/sh\nexec {sys.executable} -m sterna.remote "$@"\n')
+    (tmp_path / "sterna-remote").chmod(0o755)
+    env = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["sh", "-c", str(caught.value).split("`")[1]]
+    await asyncio.to_thread(subprocess.run, words, env=env, check=True, timeout=SECONDS)
+    async with asyncio.timeout(SECONDS), await Client.connect(str(place / "rpc.sock")) as client:
+        await client.shutdown()
+    with pytest.raises(ConnectionLostError, match=r"`printf %s TOKEN \| sterna-remote -serve -token-fd 0 -socket"):
+        await Client.connect(str(place / "rpc.sock"), token="mine")
+
+
+async def test_a_signal_whose_confirmation_was_lost(daemon: Daemon) -> None:
+    cuts = Cuts(daemon)
+    async with asyncio.timeout(SECONDS), await Client.open(cuts) as client:
+        process = await client.spawn("sleep", ["1000"])
+        call = asyncio.ensure_future(client.kill("nobody"))
+        await asyncio.sleep(0)  # it is sent
+        cuts.cut()
+        with pytest.raises(ConnectionLostError):
+            await call
+        await client.ping()
+        call = asyncio.ensure_future(process.kill("INT", again=True))
+        await asyncio.sleep(0)
+        cuts.cut()
+        await call
+        assert len(cuts.links) == 3
+        await process.wait()
+
+
+@pytest.mark.parametrize("before", [None, "of the daemon before"])
+async def test_a_token_that_comes_after_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    came = asyncio.Queue[asyncio.StreamWriter]()
+    server = await asyncio.start_unix_server(lambda _reader, writer: came.put_nowait(writer), str(tmp_path / "s"))
+    token = tmp_path / "daemon.token"
+    if before is not None:
+        token.write_text(before)
+        os.utime(token, (1, 1))
+
+    def dialling() -> asyncio.Task[str]:
+        return asyncio.ensure_future(SocketDialer(str(tmp_path / "s")).dial(Link(lambda _: None, lambda *_: None)))
+
+    async with asyncio.timeout(SECONDS):
+        dial = dialling()
+        writers = [await came.get()]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not dial.done()
+        token.write_text(TOKEN)
+        assert await dial == TOKEN
+        token.unlink()
+        monkeypatch.setattr(clientwire, "_TOKEN_SECONDS", 0.02)  # and for one that never comes
+        if before is not None:
+            token.write_text(before)
+            os.utime(token, (1, 1))
+            assert await dialling() == before
+        else:
+            with pytest.raises(ConnectionLostError, match=r"token beside .* cannot be read"):
+                await dialling()
+        writers.append(await came.get())
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
 
 
 async def test_over_a_command(daemon: Daemon) -> None:
@@ -280,6 +347,9 @@ async def test_over_a_command(daemon: Daemon) -> None:
         assert caught.value.number == -32001
         with pytest.raises(ConnectionLostError):
             await Client.over(["false"], token="x")
+        for command in ("/nowhere/bridge", "exec /nowhere/bridge"):
+            with pytest.raises(ConnectionLostError, match=r"ended with status 127.*install sterna on that machine"):
+                await Client.over(["sh", "-c", f"{command} 2>/dev/null"], token="x")
         with pytest.raises(UsageError, match="cannot be started"):
             await Client.over(["/nowhere/ssh"], token="x")
 
@@ -300,6 +370,10 @@ def test_the_example(daemon: Daemon, tmp_path: Path) -> None:
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert (done.stdout, done.stderr, done.returncode) == ("built\n", "?? made\n", 3)
+    words[3] = str(tmp_path / "typo")
+    done = subprocess.run([*words, "true"], capture_output=True, text=True, check=False, timeout=30)
+    said = f"remote_build: {tmp_path}/typo cannot be read (No such file or directory): copy the daemon's token there.\n"
+    assert (done.stdout, done.stderr, done.returncode) == ("", said, 1)
 
 
 async def test_what_is_no_daemon(tmp_path: Path) -> None:

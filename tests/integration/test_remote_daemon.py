@@ -60,15 +60,16 @@ def test_lines_of_any_cut_are_answered(client: Client) -> None:
 
 
 def test_the_longest_line_is_served_and_a_longer_one_ends_the_connection(daemon: Daemon) -> None:
-    with daemon.connect() as client:
-        client.send(PING + b" " * (1_048_575 - len(PING)) + b"\n")
-        assert client.line() == PONG
-    for ending in (b"\n", b""):
+    for line in (PING + b" " * (1_048_575 - len(PING)) + b"\n", PING + b" " * (1_048_574 - len(PING)) + b"\r\n"):
+        with daemon.connect() as client:
+            client.send(line)
+            assert client.line() == PONG
+    for line in (b" \n", b" ", b"\r\n"):
         with daemon.connect() as client:
             client.send(PING + b"\n")
             assert client.line() == PONG
             try:
-                client.send(PING + b" " * (1_048_576 - len(PING)) + ending)
+                client.send(PING + b" " * (1_048_575 - len(PING)) + line)
             except OSError:
                 pass
             assert client.line() == b""
@@ -115,6 +116,29 @@ def test_a_slow_file_holds_up_nobody(client: Client, daemon: Daemon) -> None:
     with open(daemon.home / "fifo", "wb") as file:
         file.write(b"late")
     assert json.loads(client.line())["result"]["exists"]
+
+
+def test_what_is_no_directory_cannot_be_listed(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, text in (
+            ("file", "readdirent {}: not a directory"), ("fifo", "readdirent {}: not a directory"),
+            ("file/below", "open {}: not a directory"), ("socket", "open {}: no such device or address"),
+            ("link", "open {}: no such device or address"), ("a\0b", "open {}: invalid argument"),
+        ):  # fmt: skip
+            error = client.ask("files.list", path=f"{tmp_path}/{name}")
+            assert error == {"code": -32603, "message": text.format(f"{tmp_path}/{name}")}
+
+
+def test_a_limit_below_zero_is_none(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("text")
+    for limit in (-1, -(2**63), 0, None, 4):
+        assert client.ask("files.read", path=str(tmp_path / "f"), maxBytes=limit) == {"content": "text", "exists": True}
+    (tmp_path / "f").write_bytes(bytes(262_145))
+    assert client.ask("files.read", path=str(tmp_path / "f"), maxBytes=-1)["code"] == -32602
 
 
 def test_an_endless_device_is_an_error(client: Client) -> None:
@@ -181,9 +205,14 @@ def test_a_token_by_descriptor_never_touches_the_disk_before_the_daemon_has_it(t
     path = tmp_path / "a" / "b" / "rpc.sock"
     done = run("-serve", "-socket", str(path), "-token-fd", "0", home=tmp_path, stdin=TOKEN.encode() + b"\n\r\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    log = path.parent / "remote-server.log"
     try:
+        until(lambda: "INFO  [Server] Connection closed: @" in log.read_text(), "the launcher has called once")
         with Client(str(path)) as client:
             assert client.ask("server.ping") == {"pong": True}
+            credentials = client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            pid = int.from_bytes(credentials[:4], sys.byteorder)
+            assert os.getsid(pid) == pid
             client.post("process.spawn", id="e", command="env")
             frames = client.frames_to_exit("e")
         assert (path.parent / "daemon.token").read_bytes() == TOKEN.encode()
@@ -192,8 +221,7 @@ def test_a_token_by_descriptor_never_touches_the_disk_before_the_daemon_has_it(t
         }  # fmt: skip
         assert oct((tmp_path / "a").stat().st_mode & 0o777) == oct(path.parent.stat().st_mode & 0o777) == "0o700"
         assert frames[-1]["exitCode"] == 0
-        first = (path.parent / "remote-server.log").read_text().split("\n")[0]
-        assert first == f"Claustrum remote server listening on {path}"
+        assert log.read_text().split("\n")[0] == f"Claustrum remote server listening on {path}"
     finally:
         done = run("-stop", "-socket", str(path), home=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -326,13 +354,17 @@ def test_git_is_killed_when_its_time_is_over(tmp_path: Path) -> None:
 def test_the_login_shell_says_what_path_children_have(tmp_path: Path) -> None:
     shell = tmp_path / "shell"
     shell.write_text(
-        '#!/bin/sh\necho noise; export PATH=/from/login:$PATH\nwhile [ $1 != -c ]; do shift; done\neval "$2"\n'
+        '#!/bin/sh\necho noise; export PATH=/from/login:$PATH:$HOME\nwhile [ $1 != -c ]; do shift; done\neval "$2"\n'
     )
     shell.chmod(0o755)
     with Daemon(tmp_path, SHELL=str(shell), PATH="/usr/bin:/bin") as daemon, daemon.connect() as client:
         client.post("process.spawn", id="p", command="sh", args=["-c", "echo $PATH"])
-        assert "/from/login:/usr/bin:/bin" in base64.b64decode(client.frames_to_exit("p")[0]["data"]).decode()
-        assert "[shellenv] Extracted shell PATH (25 chars)" in daemon.log.read_text()
+        path = f"/from/login:/usr/bin:/bin:{tmp_path}"
+        assert path in base64.b64decode(client.frames_to_exit("p")[0]["data"]).decode()
+        assert f"[shellenv] Extracted shell PATH ({len(path)} chars)" in daemon.log.read_text()
+        missing = {"code": -32603, "message": 'exec: "shell": executable file not found in $PATH'}
+        for more in ({}, {"env": {"PATH": str(tmp_path)}}):  # commands are looked up on the daemon's own
+            assert client.ask("process.spawn", id="p", command="shell", **more) == missing
 
 
 def test_a_login_shell_that_hangs_is_killed(tmp_path: Path) -> None:

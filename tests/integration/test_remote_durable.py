@@ -38,8 +38,8 @@ def test_nothing_is_lost_when_the_daemon_is_killed_at_random_moments(tmp_path: P
     seed = secrets.randbits(32)
     print("seed", seed)
     rng = random.Random(seed)
-    daemon = Daemon(tmp_path, "-durable")
-    talks = [Talk(tmp_path, f"p{number}", 10 + number) for number in range(PROCESSES)]
+    daemon = Daemon(tmp_path, "-durable", "-extensions")
+    talks = [Talk(tmp_path, f"p{number}", 10 + number, terminal=number % 4 == 0) for number in range(PROCESSES)]
     for talk in talks:
         talk.start()
     try:
@@ -47,7 +47,7 @@ def test_nothing_is_lost_when_the_daemon_is_killed_at_random_moments(tmp_path: P
         for _ in range(KILLS):
             time.sleep(rng.uniform(0, 0.3))
             kill(daemon)
-            daemon = Daemon(tmp_path, "-durable")
+            daemon = Daemon(tmp_path, "-durable", "-extensions")
     finally:
         for talk in talks:
             talk.enough.set()
@@ -67,7 +67,7 @@ DIE = """
 import os, random
 from sterna.remote import durable, keeper
 from sterna.limits import REMOTE_FRAME_BYTES
-D, K = durable.DurableChild, keeper.Keeper
+D, P, K = durable.DurableChild, durable.DurablePtyChild, keeper.Keeper
 enter, commit, keep, write, finish, start = D._enter, D._commit, D.keep, D.write, D.finish, K.start
 def die(share=0.03):
     if random.random() < share:
@@ -76,6 +76,14 @@ def before(function, share=0.03):
     return lambda *words: (die(share), function(*words))[1]
 def after(function, share=0.03):
     return lambda *words: (function(*words), die(share))[0]
+class Deadly:
+    into = set()
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def splice(self, source, target, size, flags):
+        moved = os.splice(source, target, size, flags=flags)
+        die(0.3 if target in self.into else 0.01)
+        return moved
 """
 
 # Records that go around often; all daemons of a test must have the same.
@@ -101,6 +109,7 @@ D._enter = around
     "processes are taken up": "D.recover, D._commit = after(D.recover, 0.3), after(commit)",
     "the exit frame is not recorded": "D.finish = before(finish, 1)",
     "the exit frame was recorded and not sent": "D.finish = after(finish, 1)",
+    "something was moved, into a terminal or out of it too": "durable.os = Deadly()",
 }
 
 # What would be wrong, to see that the clients notice it.
@@ -149,13 +158,31 @@ def later(self, events):
     self._loop.watch(self.child.stdin, 4, lambda mask: (die(0.3), write_stdin(self, mask)))
 D.keep, D.write, Process._write_stdin = keep_later, write_now, later
 """,
+    "output of a terminal waits in the daemon's own pipe": """
+init = P.__init__
+def own(self, *words):
+    init(self, *words)
+    self._sources[0], self._out_write = os.pipe()
+    Deadly.into.add(self._out_write)
+P.__init__ = own
+durable.os = Deadly()
+""",
+    "input of a terminal waits in the daemon's own pipe": """
+init = P.__init__
+def own(self, *words):
+    init(self, *words)
+    self._in_read, self._in_write = os.pipe()
+    Deadly.into.add(self._in_write)
+P.__init__ = own
+durable.os = Deadly()
+""",
 }
 
 
 def suffer(directory: Path, patch: str, deaths: int) -> list[BaseException]:
     """Returns what went wrong for clients of a daemon that dies so often by a patch, and is then started without it."""
-    talks = [Talk(directory, f"p{number}", 10 + number) for number in range(3)]
-    daemon: Daemon = PatchedDaemon(directory, DIE + patch, "-durable")
+    talks = [Talk(directory, f"p{number}", 10 + number, terminal=number == 0) for number in range(3)]
+    daemon: Daemon = PatchedDaemon(directory, DIE + patch, "-durable", "-extensions")
     for talk in talks:
         talk.start()
     try:
@@ -170,10 +197,10 @@ def suffer(directory: Path, patch: str, deaths: int) -> list[BaseException]:
                     break
             died += daemon.process.poll() is not None
             kill(daemon)
-            daemon = PatchedDaemon(directory, DIE + patch, "-durable")
+            daemon = PatchedDaemon(directory, DIE + patch, "-durable", "-extensions")
         assert died, "the daemon has not died by itself"
         kill(daemon)
-        daemon = PatchedDaemon(directory, SMALL if SMALL in patch else "", "-durable")
+        daemon = PatchedDaemon(directory, SMALL if SMALL in patch else "", "-durable", "-extensions")
         until(lambda: "listening on" in daemon.log.read_text(), "the daemon does not listen")
         for talk in talks:
             talk.enough.set()

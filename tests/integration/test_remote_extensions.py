@@ -231,7 +231,8 @@ def test_a_gap_is_told_on_reattaching(daemon: Daemon, client: Client) -> None:
     assert list(reply)[-1] == "gap"
     assert frames[0]["seq"] == reply["firstSeq"] > 2
     assert "gap" not in client.ask("process.reattach", id="g", fromSeq=1)
-    assert "gap" not in client.ask("process.reattach", id="g", fromSeq=last - 1, wantGap=True)
+    for seq in (reply["firstSeq"] - 1, last - 1):  # nothing is missing
+        assert "gap" not in client.ask("process.reattach", id="g", fromSeq=seq, wantGap=True)
     with daemon.connect() as watcher:
         watcher.ask("process.watch", id="g", fromSeq=4)
         gap = {"type": "stream", "processId": "g", "stream": "gap", "from": 5, "to": reply["firstSeq"] - 1}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.remote_rig import Client, Daemon
+from tests.integration.durable_rig import PatchedDaemon
+from tests.integration.remote_rig import Client, Daemon, until
 
 IDENTITY = {
     "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1",
@@ -98,6 +99,9 @@ def test_a_worktree_is_seeded(client: Client, repo: Path) -> None:
     )
     assert found == [".claude/n/x", "a", "a.env", "d/c.env"]
     assert (place / "a.env").stat().st_mode & 0o777 == 0o666 & ~umask()
+    relative = {"baseRepo": str(repo), "branchName": "other", "worktreePath": "../beside"}
+    assert client.ask("git.worktree_create", **relative)["path"] == "../beside"
+    assert (repo.parent / "beside" / ".claude" / "n" / "x").exists()
 
 
 def umask() -> int:
@@ -126,3 +130,21 @@ def test_home_is_never_removed(client: Client, daemon: Daemon) -> None:
     result = client.ask("git.worktree_remove", baseRepo="/", worktreePath="/a\0b/c")
     assert "manual cleanup also failed: open /a\0b: invalid argument" in result["error"]
     assert daemon.home.exists()
+
+
+def test_relative_paths_of_a_daemon_whose_directory_is_gone(tmp_path: Path, repo: Path) -> None:
+    """The way up from there still leads to what was above it."""
+    shell(repo, "git worktree add -q ../tree")
+    (tmp_path / "d").mkdir()
+    daemon = PatchedDaemon(tmp_path, "import os, sys; sys.argv[0] = '/x'; os.chdir('d'); os.rmdir('../d')")
+    until(lambda: "listening on" in daemon.log.read_text(), "the daemon does not listen")
+    with daemon, daemon.connect() as client:
+        for path in ("..", "../", "../../" + tmp_path.name, "../d/.."):
+            assert client.ask("git.worktree_remove", baseRepo="/", worktreePath=path) == {
+                "success": False,
+                "error": f'worktreePath must not be or contain the home directory: "{path}"',
+            }
+        assert client.ask("git.worktree_remove", baseRepo=str(repo), worktreePath="../tree") == {"success": True}
+        assert not (repo / "../tree").exists()
+        assert client.ask("git.worktree_remove", worktreePath="nothing") == {"success": True}
+        assert client.ask("files.list", path="..")["entries"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -100,6 +101,22 @@ def test_lines_behind_a_heavy_one_keep_their_place(tmp_path: Path) -> None:
         assert client.ask("server.ping") == {"pong": True}
 
 
+def test_heavy_lines_of_strangers_have_a_queue_of_their_own(tmp_path: Path) -> None:
+    request = {"jsonrpc": "2.0", "id": 1, "method": "server.ping", "params": list(range(3_000)), "auth": TOKEN}
+    with Daemon(tmp_path, CLAUSTRUM_LOG_LEVEL="error") as daemon, contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(daemon.connect()) for _ in range(8)]
+        for stranger in strangers:
+            stranger.send(HEAVY["lists"])
+        with daemon.connect() as client:
+            client.send(json.dumps(request).encode() + b"\n")
+            assert json.loads(client.line()) == {"jsonrpc": "2.0", "id": 1, "result": {"pong": True}}
+        strangers[-1].sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            strangers[-1].sock.recv(1)
+        strangers[-1].sock.setblocking(True)
+        assert b"-32001" in strangers[-1].line()
+
+
 def test_input_behind_a_heavy_line_arrives_in_order(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, daemon.connect() as client:
         client.ask("process.spawn", id="c", command="head", args=["-c", "8"])
@@ -111,9 +128,10 @@ def test_input_behind_a_heavy_line_arrives_in_order(tmp_path: Path) -> None:
         assert [frame.get("data") for frame in frames] in (["MDAwMTAwMDI=", None], ["MDAwMQ==", "MDAwMg==", None])
 
 
-def test_a_heavy_line_of_a_closing_client_is_answered(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flags", "ending"), [((), b"\n"), (("-strict",), b"\n"), (("-strict",), b"")])
+def test_a_heavy_line_of_a_closing_client_is_answered(tmp_path: Path, flags: tuple[str, ...], ending: bytes) -> None:
     request = {"jsonrpc": "2.0", "id": 1, "method": "server.ping", "params": list(range(100_000)), "auth": TOKEN}
-    with Daemon(tmp_path) as daemon, daemon.connect() as client:
-        client.send(json.dumps(request).encode() + b"\n")
+    with Daemon(tmp_path, *flags) as daemon, daemon.connect() as client:
+        client.send(json.dumps(request).encode() + ending)
         client.sock.shutdown(socket.SHUT_WR)
         assert json.loads(client.line()) == {"jsonrpc": "2.0", "id": 1, "result": {"pong": True}}

@@ -21,7 +21,7 @@ from tests.integration.remote_rig import Client, Daemon, alive, until
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("remote")) as running:
+    with Daemon(tmp_path_factory.mktemp("remote"), CLAUDE_RPC_TOKEN="of somebody else") as running:
         yield running
 
 

@@ -151,7 +151,10 @@ def test_a_second_start_says_so(tmp_path: Path) -> None:
         inode = log.stat().st_ino
         second = serve(path, "-strict", token="other")
         assert second.returncode == 1
-        text = f"a daemon (PID {pid}) already serves {path}; stop it with -stop -strict or choose another -socket"
+        text = (
+            f"a daemon (PID {pid}) already serves {path}; "
+            "stop it with -stop -strict or choose a -socket in another directory"
+        )
         assert second.stderr.decode() == f"claustrum: {text}\n"
         assert answers(path)
         assert (path.parent / "daemon.token").read_text() == TOKEN
@@ -284,15 +287,141 @@ def test_stopping_says_when_a_daemon_goes_on(tmp_path: Path) -> None:
             f"claustrum: the daemon at {daemon.path} goes on: it does not take the token beside it; end it by SIGTERM\n"
         )
         assert os.path.exists(daemon.path)
-        assert (
-            run("-stop", "-socket", daemon.path, home=tmp_path).returncode == 0
-        )  # without the flag: unlinked, goes on
+        os.unlink(f"{daemon.path}.kept")  # else it comes back
+        stopped = run("-stop", "-socket", daemon.path, home=tmp_path)  # without the flag: unlinked, goes on
+        assert stopped.returncode == 0
         assert daemon.process.poll() is None
         done = run("-stop", "-strict", "-socket", daemon.path, home=tmp_path)
         text = (
             f"claustrum: the daemon (PID {daemon.process.pid}) has lost its socket {daemon.path}; end it by SIGTERM\n"
         )
         assert (done.returncode, done.stderr.decode()) == (1, text)
+
+
+def test_a_socket_that_was_removed_comes_back(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "-strict") as daemon:
+        path = Path(daemon.path)
+        before = path.stat().st_ino
+        for _ in range(2):
+            assert run("-stop", "-socket", daemon.path, home=tmp_path).returncode == 0
+            until(lambda: answers(path), "the socket is back")
+        assert path.stat().st_ino == before
+        with Client(daemon.path) as client:
+            assert peer(client) == daemon.process.pid
+        path.unlink()
+        path.write_text("of somebody else")
+        time.sleep(0.7)
+        assert path.read_text() == "of somebody else"
+        path.unlink()
+        until(lambda: answers(path), "the socket is back")
+        assert run("-stop", "-strict", "-socket", daemon.path, home=tmp_path).returncode == 0
+        assert daemon.process.wait(10) == 0
+        assert sorted(tmp_path.glob("rpc.sock*")) == [tmp_path / "rpc.sock.lock"]
+
+
+@pytest.mark.parametrize("flag", ["-strict", "-durable", "-extensions"])
+def test_a_start_that_fails_says_why(flag: str, tmp_path: Path) -> None:
+    path, missing = tmp_path / "rpc.sock", str(tmp_path / "typo")
+    assert serve(path).returncode == 0
+    with Client(str(path)) as client:
+        pid = peer(client)
+    log = (tmp_path / "remote-server.log").stat().st_ino
+    words = ["-serve", flag, "-socket", str(path)]
+    long = tmp_path / ("x" * 120)
+    for more, reason in (
+        ((), "there is no token: pass -token-file FILE or -token-fd N"),
+        (("-token-fd", "0"), "token is empty"),
+        (("-token-file", missing), f"read --token-file: open {missing}: no such file or directory"),
+        (("-token-fd", "0", "-socket", str(long)), f"the path of the socket has {len(str(long))} bytes of 107"),
+    ):
+        began = time.monotonic()
+        done = run(*words, *more, home=tmp_path, stdin=b"" if reason == "token is empty" else b"t")
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.decode().startswith(f"claustrum: {reason}")
+        assert time.monotonic() - began < 5
+        assert (tmp_path / "remote-server.log").stat().st_ino == log, "the log of the daemon that serves"
+    if flag != "-strict":  # it looks at the name itself
+        place = tmp_path / "d"
+        (place / "rpc.sock" / "full").mkdir(parents=True)
+        done = run("-serve", flag, "-socket", str(place / "rpc.sock"), "-token-fd", "0", home=tmp_path, stdin=b"t")
+        assert done.returncode == 1
+        said = done.stderr.decode()
+        assert "the daemon ended at its start: listen unix: " in said
+        assert "address already in use" in said
+        assert f"(the log is {place / 'remote-server.log'})" in said
+    assert answers(path)
+    end(pid)
+
+
+def test_stopping_leaves_the_next_daemon_its_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system gives the number of a removed socket to the next one."""
+    from sterna.remote import stop
+
+    path = tmp_path / "rpc.sock"
+    assert serve(path, "-strict").returncode == 0
+    seen: list[int] = []
+
+    def identity(_path: str) -> tuple[int, int]:
+        if seen:
+            assert serve(path, "-strict").returncode == 0, "the one that was stopped is waited for"
+        seen.append(1)
+        return 1, 1
+
+    monkeypatch.setattr(stop, "socket_identity", identity)
+    stop.stop_own(str(path))
+    assert len(seen) == 2
+    assert answers(path)
+    monkeypatch.undo()
+    stop.stop_own(str(path))
+    assert not path.exists()
+
+
+def test_a_socket_that_its_daemon_leaves_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "rpc.sock"
+    script = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True)\n"
+        "c = s.accept()[0]; c.recv(999); c.close(); import time; time.sleep(0.3)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        left.stdout.readline()
+        assert run("-stop", "-strict", "-socket", str(path), home=tmp_path).returncode == 0
+        assert not alive(left.pid), "it is waited for"
+    assert not path.exists()
+
+
+def test_a_pipe_is_no_token(tmp_path: Path) -> None:
+    with Daemon(tmp_path, "-strict") as daemon:
+        until((tmp_path / "daemon.token").exists, "the daemon has written its token")
+        (tmp_path / "daemon.token").unlink()
+        os.mkfifo(tmp_path / "daemon.token")
+        done = run("-stop", "-strict", "-socket", daemon.path, home=tmp_path)
+        assert done.returncode == 1
+        assert b"it does not take the token beside it" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_token_goes_to_no_listener_of_somebody_else() -> None:
+    script = (
+        "import os, socket, sys; os.setuid(int(sys.argv[2])); s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1])\n"
+        "s.listen(); print(flush=True); c = s.accept()[0]; print(c.recv(999), flush=True)"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
+        place, token = Path(name) / "rpc.sock", Path(name) / "daemon.token"
+        token.write_text(TOKEN)
+        for owner, status in ((0, 1), (NOBODY, 0)):  # whose token it is may see it
+            os.chown(token, owner, owner)
+            words = [sys.executable, "-c", script, str(place), str(NOBODY)]
+            with subprocess.Popen(words, stdout=subprocess.PIPE) as listener:
+                assert listener.stdout is not None
+                listener.stdout.readline()
+                done = run("-stop", "-strict", "-socket", str(place), home=Path(name))
+                got = listener.stdout.readline()
+            assert done.returncode == status
+            assert (TOKEN.encode() in got) == (status == 0)
+            assert (b"belongs to user 65534; nothing was sent to it" in done.stderr) == (status == 1)
+            place.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------- half-closes, the bridge

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_members_of_a_gzip_stream_follow_each_other(step: int) -> None:
 def test_broken_gzip_streams(data: bytes, problem: str) -> None:
     for step in (1, 64, 100_000):
         assert everything(data, step)[1] == problem
+
+
+def test_a_bomb_is_unpacked_piece_by_piece() -> None:
+    bomb = gzip.compress(bytes(32 << 20), 1)
+    assert len(bomb) < 1 << 18, "one read takes all of it"
+    tracemalloc.start()
+    try:
+        unpacked = GzipReader(io.BytesIO(bomb).read)
+        assert sum(len(unpacked.read_full(1 << 16)) for _ in range(512)) == 32 << 20
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_optional_parts_of_a_gzip_header() -> None:
@@ -181,15 +194,24 @@ def test_headers_with_odd_numbers_are_refused() -> None:
             tar.next()
 
 
-def test_home_and_root_are_never_deleted(tmp_path: Path) -> None:
+def test_home_and_root_are_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "users" / "me"
     home.mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "users")
     for path in ("/", "//", "/..", str(home), f"{home}/", f"{home}/x/..", str(home.parent), f"{tmp_path}/link/me"):
         assert holds_home(path, str(home)), path
-    for path in (f"{home}/x", f"{home}x", f"{tmp_path}/link", f"{tmp_path}/other"):
+    for path in (f"{home}/x", f"{home}x", str(home)[:-1], f"{tmp_path}/link", f"{tmp_path}/other"):
         assert not holds_home(path, str(home)), path
     assert not holds_home("/a\0b/c", str(home))
+    (tmp_path / "users" / "x" / "deep").mkdir(parents=True)
+    (tmp_path / "to").symlink_to(tmp_path / "users" / "x" / "deep")
+    for base, path in ((f"{home.parent}/x", "../me"), (f"{tmp_path}/to", "../../me")):
+        assert holds_home(path, str(home), base), path
+        assert not holds_home(path, str(home), f"{tmp_path}/none/none/none")
+    monkeypatch.chdir(tmp_path)
+    assert holds_home("to/../../me", str(home), "/nowhere")  # what git refuses is deleted from here
+    for path in (f"{tmp_path}/to/../../me", f"{tmp_path}/to/../..", f"{tmp_path}/to/../../"):
+        assert holds_home(path, str(home)), path
     assert holds_home("/", "")
     assert holds_home(str(tmp_path / "users"), f"{tmp_path}/link/me")
     for target in ("~", str(home), str(tmp_path)):

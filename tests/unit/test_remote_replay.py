@@ -52,6 +52,16 @@ def test_the_oldest_frames_go_when_their_lines_exceed_the_bound(size: int) -> No
     assert len(list(replay.after(replay.last - 5))) == 5
 
 
+def test_a_bound_that_is_met_exactly_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay("p")
+    replay.add(STDOUT, b"abc")
+    monkeypatch.setattr("sterna.remote.replay.REMOTE_REPLAY_BYTES", 2 * replay.size)
+    replay.add(STDERR, b"def")
+    assert (replay.first, replay.last) == (1, 2)
+    replay.add(EXIT, b"0")
+    assert (replay.first, replay.last) == (2, 3)
+
+
 def test_one_frame_is_kept_whatever_its_size() -> None:
     replay = Replay("p" * (REMOTE_REPLAY_BYTES + 1))
     replay.add(STDOUT, b"1")

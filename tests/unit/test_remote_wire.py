@@ -136,6 +136,9 @@ def test_an_id_is_printed_anew_with_sorted_keys_and_the_last_of_equal_ones() -> 
     line = '{"id":{"a":{"z":1e3,"y":[{"d":1,"c":2}]},"A":0,"é":1,"b":1,"b":{"x":2.50}}}'
     assert decode_request(line.encode()).id_text == '{"A":0,"a":{"y":[{"c":2,"d":1}],"z":1000},"b":{"x":2.5},"é":1}'
     assert decode_request(b'{"id":{"\\ud800":1,"\\udfff":2}}').id_text == '{"\ufffd":2}'
+    # By bytes of UTF-8, as code points are; 16-bit units would put the last one in the middle.
+    line = '{"id":{"\U00010000":3,"\uffff":2,"\ud7ff":1}}'
+    assert decode_request(line.encode()).id_text == '{"\ud7ff":1,"\uffff":2,"\U00010000":3}'
 
 
 def test_members_of_a_request_are_found_without_case_and_null_leaves_them_alone() -> None:

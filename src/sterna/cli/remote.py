@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from sterna.errors import UsageError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any
+
+_ATTACH = "`sterna remote attach HOST -- COMMAND…`"
+_HELP = frozenset({"-h", "--h", "-help", "--help"})
 
 
 class _Raw(click.Command):
@@ -26,18 +30,39 @@ def remote(words: tuple[str, ...]) -> Any:
     """The remote daemon: what `sterna-remote` does, and `sterna remote attach HOST`."""
     if words[:1] == ("attach",):
         return attach.main(args=list(words[1:]), prog_name="sterna remote attach", standalone_mode=False)
-    begin: Callable[[], NoReturn]
     if words == ("meet",):  # what `attach` runs on the other machine
-        from sterna.remote.rendezvous import meet as begin
-    else:
-        from sterna.remote.app import main
+        from sterna.remote.rendezvous import meet
 
-        begin = partial(main, words)
-    return begin()
+        meet()
+    if words and not words[0].startswith("-"):
+        raise UsageError(
+            f"There is no `sterna remote {words[0][:40]}`: {_ATTACH} runs a command on another machine, and everything "
+            "else is the daemon's flags (`sterna remote -help`)."
+        )
+    from sterna.remote.app import main
+
+    try:
+        main(words)
+    finally:
+        if not words or words[0] in _HELP:
+            sys.stderr.write(f"sterna: {_ATTACH} runs a command on another machine (`sterna remote attach --help`).\n")
+
+
+class _Attach(click.Command):
+    """Says of an option that it does not know that it may be the command's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Takes the words; only what comes after -- is left to the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            said = error.format_message().rstrip(".")
+            raise click.UsageError(f"{said}: if it belongs to the command, put -- before the command.", ctx) from None
 
 
 @click.command(
-    epilog="\b\nA build that goes on when the network does not:\n  sterna remote attach host --id build -- make -j8\n"
+    cls=_Attach,
+    epilog="\b\nA build that goes on when the network does not:\n  sterna remote attach host --id build -- make -j8\n",
 )
 @click.argument("host")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)

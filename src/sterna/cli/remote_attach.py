@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -29,14 +30,10 @@ _BY_A_SIGNAL = 255
 _NO_METHOD = -32601
 _OPTIONS = ("-o", "ClearAllForwardings=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _AGAIN = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-
-
-class _Left(Exception):  # noqa: N818 # no error: the user goes
-    """The user leaves the process running."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__()
-        self.status = status
+_NOT_FOUND = 127
+# Ctrl-C is for the command there, but the terminal sends it to ssh as well, which has to stay with the terminal, as it
+# may ask for a password. A signal that is ignored stays ignored in ssh; whoever leaves ends it by another one.
+_DEAF = ("/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh")
 
 
 class SshDialer(CommandDialer):
@@ -48,7 +45,10 @@ class SshDialer(CommandDialer):
     def __init__(self, host: str, ssh: str, sterna: str | None) -> None:
         self._host = host
         there = remote_command(sterna, "remote meet")
-        words = [*shlex.split(ssh), *PLAIN, *_OPTIONS]
+        given = shlex.split(ssh)
+        if not given or shutil.which(given[0]) is None:
+            raise UsageError(f"{ssh!r} cannot be started: install OpenSSH or say what your ssh is with --ssh.")
+        words = [*_DEAF, *given, *PLAIN, *_OPTIONS]
         super().__init__([*words, "--", host, there], "", again=[*words, *_AGAIN, "--", host, there])
 
     async def greet(self, link: Link) -> str:
@@ -58,6 +58,8 @@ class SshDialer(CommandDialer):
         try:
             said = await link.expect(PREFIX)
         except ConnectionLostError:
+            if await link.status() == _NOT_FOUND:
+                raise UsageError(f"{self._host} does not find the program that runs sterna: {INSTALL}.") from None
             raise ConnectionLostError(
                 f"ssh could not reach {self._host}, or not run sterna there: what it said is above (`ssh {self._host}` "
                 "has to work by itself)."
@@ -97,7 +99,10 @@ class _Hand:
                 call()
             except Exception as raised:  # noqa: BLE001 # it is raised where it is waited for
                 error = raised
-            self._loop.call_soon_threadsafe(self._tell, done, error)
+            try:
+                self._loop.call_soon_threadsafe(self._tell, done, error)
+            except RuntimeError:
+                return  # the loop has ended and nobody waits
 
     @staticmethod
     def _tell(done: asyncio.Future[None], error: Exception | None) -> None:
@@ -124,7 +129,7 @@ class _Attached:
         self._timer: asyncio.TimerHandle | None = None
         self._said = False
         self._interrupted = -_TWICE_SECONDS
-        self._leave: asyncio.Future[None] | None = None
+        self._leave: asyncio.Future[int] | None = None
 
     async def run(self, command: Sequence[str], name: str | None, cwd: str) -> int:
         async with await Client.open(self._dialer, changed=self._changed) as client:
@@ -154,12 +159,8 @@ class _Attached:
                 raise
         output.cancel()
         await asyncio.gather(output, return_exceptions=True)
-        try:
-            self._leave.result()
-        except _Left as left:
-            self._say(f"the process goes on: sterna remote attach {self._host} --id {process.id}")
-            return left.status
-        return 0
+        self._say(f"the process goes on: sterna remote attach {self._host} --id {process.id}")
+        return self._leave.result()
 
     async def _output(self, process: Process) -> int:
         hand = _Hand()
@@ -179,12 +180,12 @@ class _Attached:
             self._go(128 + signal.SIGINT)
             return
         self._interrupted = now
-        task = asyncio.ensure_future(process.kill("INT"))
+        task = asyncio.ensure_future(process.kill("INT", again=True))
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _go(self, status: int) -> None:
         if self._leave is not None and not self._leave.done():
-            self._leave.set_exception(_Left(status))
+            self._leave.set_result(status)
 
     def _changed(self, connected: bool) -> None:
         if self._timer is not None:

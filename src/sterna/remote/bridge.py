@@ -35,7 +35,8 @@ def _feed(source: int, target: int) -> NoReturn:
     """Copies until the source ends or the target is gone, and leaves the other direction some time."""
     _copied(source, target)
     try:
-        socket.socket(fileno=os.dup(target)).shutdown(socket.SHUT_WR)
+        with socket.socket(fileno=os.dup(target)) as other:
+            other.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the daemon has closed; what it said before is still to be copied
     time.sleep(REMOTE_BRIDGE_DRAIN_SECONDS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from sterna.errors import SternaError
-from sterna.remote.wire import encode, encode_text, utf8
+from sterna.remote.wire import encode, encode_pieces, encode_text, utf8
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from sterna.remote.connection import Connection
     from sterna.remote.fields import Kind
@@ -20,6 +20,7 @@ BAD_PARAMS: Final = -32602
 FAILED: Final = -32603
 UNAUTHORIZED: Final = -32001
 STDIN_GAP: Final = -32003
+_PIECE_CHARS: Final = 65_536
 
 Result = dict[str, object]
 SUCCESS: Final[Result] = {"success": True}
@@ -31,6 +32,28 @@ class CallError(SternaError):
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
         self.number = number
+
+
+class MayWaitError(Exception):
+    """Raised by a method in a worker when the rest may wait for somebody else, such as the writer of a FIFO.
+
+    Parameters: `rest`, which is done where only its like waits behind it.
+    """
+
+    def __init__(self, rest: Callable[[], Result]) -> None:
+        super().__init__()
+        self.rest = rest
+
+
+class LargeReplyError(Exception):
+    """Raised by a method in a worker when its reply may be large: whoever asks for many has to read them, too.
+
+    Parameters: `size`, in bytes; `rest`, which is done when there is room for so many.
+    """
+
+    def __init__(self, size: int, rest: Callable[[], Result]) -> None:
+        super().__init__()
+        self.size, self.rest = size, rest
 
 
 class Params:
@@ -80,6 +103,10 @@ class Params:
         return value
 
 
+NO_PARAMS: Final = Params({})
+"""Of a call that needs them no more."""
+
+
 class Additions:
     """What extensions add to the contract's methods; nothing unless they are asked for."""
 
@@ -108,19 +135,36 @@ class Call:
         """Sends the result."""
         self._send(f'"result":{encode(result)}')
 
+    def succeed_by_and_by(self, result: Result, size: int) -> None:
+        """Sends a result that may be large, made while the client reads it; `size` is about that of its line."""
+        self.send_encoded()
+        self.connection.write_lazy(reply_pieces(self.id_text, result), size)
+
     def fail(self, error: CallError) -> None:
         """Sends an error."""
         self._send(error_json(error.number, str(error)))
 
-    def send_encoded(self, line: bytes) -> None:
-        """Sends a line that a worker has already encoded."""
+    def send_encoded(self, *pieces: bytes) -> None:
+        """Sends a line that has been encoded already."""
         self.connection.pending -= 1
         self.connection.pending_bytes -= self.size
-        self.connection.write(line)
+        self.connection.write_all(pieces)
         self.connection.settle()
 
     def _send(self, outcome: str) -> None:
         self.send_encoded(line(self.id_text, outcome))
+
+
+def reply_pieces(id_text: str, result: Result) -> Iterator[bytes]:
+    """Returns the line of a result in pieces that are made one by one: each keeps other threads waiting for itself."""
+    made, size = [f'{{"jsonrpc":"2.0","id":{id_text},"result":'], len(id_text)
+    for piece in encode_pieces(result):
+        made.append(piece)
+        size += len(piece)
+        if size >= _PIECE_CHARS:
+            yield utf8("".join(made))
+            made, size = [], 0
+    yield utf8("".join(made) + "}\n")
 
 
 def error_json(number: int, text: str) -> str:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from sterna.limits import REMOTE_FRAME_BYTES, REMOTE_PIPE_BYTES
 from sterna.remote.spawn import spawn_followed
@@ -26,6 +26,7 @@ class Child:
     """A started child; it stays a zombie, and so keeps its process group's number, until `reap`."""
 
     __slots__ = ("_outputs", "exit_code", "pid", "pidfd", "started_at", "stdin")
+    has_terminal: ClassVar[bool] = False  # of which `stdin` is a descriptor then
 
     def __init__(self, pid: int, pidfd: int, stdin: int, stdout: int, stderr: int) -> None:
         self.pid, self.pidfd = pid, pidfd

@@ -36,6 +36,7 @@ _SPAWN_TRIES = 15
 _SPAWN_SECONDS = 0.2
 _REFUSED_MAX = 5
 _CLOSED = "The client was closed."
+_NOT_FOUND = 127  # what shells and ssh end with
 
 
 class Client(Calls):
@@ -127,8 +128,12 @@ class Client(Calls):
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
-    async def call(self, method: str, params: dict[str, object], kind: type[T]) -> T:
-        """Returns the result of any method, as `kind`. Raises `RemoteError`, `ConnectionLostError`."""
+    async def call(self, method: str, params: dict[str, object], kind: type[T], *, again: bool = False) -> T:
+        """Returns the result of any method, as `kind`. Raises `RemoteError`, `ConnectionLostError`.
+
+        Parameters: `again`, whether it is called once more when the connection was lost before its reply.
+        """
+        again = again or method in REPEATED
         while True:
             await self._connected()
             self._calls += 1
@@ -136,7 +141,7 @@ class Client(Calls):
             try:
                 return decoded(await self.post(method, params), kind)
             except ConnectionLostError:
-                if method not in REPEATED or not self._reconnect or self._error is not None:
+                if not again or not self._reconnect or self._error is not None:
                     raise
             finally:
                 self._calls -= 1
@@ -330,7 +335,15 @@ class Client(Calls):
         try:
             token = await self._dialer.dial(link)
             link.send(encode_request(0, "server.ping", {}, token))
-            message = await answer
+            try:
+                message = await answer
+            except ConnectionLostError:
+                if await link.status() != _NOT_FOUND:
+                    raise
+                raise ConnectionLostError(
+                    "No daemon was reached: the command that carries the connection ended with status 127, as its "
+                    "program was not found; install sterna on that machine or name sterna-remote by its whole path."
+                ) from None
             if message.error is not None:
                 raise RemoteError(message.error.code, message.error.message)
             if link.over:

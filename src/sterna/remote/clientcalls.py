@@ -173,7 +173,7 @@ class Calls:
     not one that may simply be repeated.
     """
 
-    async def call(self, method: str, params: dict[str, object], kind: type[T]) -> T:
+    async def call(self, method: str, params: dict[str, object], kind: type[T], *, again: bool = False) -> T:
         """Returns the result of any method, as `kind`."""
         raise NotImplementedError
 
@@ -236,9 +236,12 @@ class Calls:
         params: dict[str, object] = {"id": process_id, "data": data}
         return await self.call("process.stdin", params if offset is None else params | {"offset": offset}, Applied)
 
-    async def kill(self, process_id: str, signal: str = "TERM") -> None:
-        """Sends KILL to a process and its group, or INT, HUP or TERM to the process alone."""
-        await self.call("process.kill", {"id": process_id, "signal": signal}, Done)
+    async def kill(self, process_id: str, signal: str = "TERM", *, again: bool = False) -> None:
+        """Sends KILL to a process and its group, or INT, HUP or TERM to the process alone.
+
+        Parameters: `again`, whether it is sent once more when the connection was lost before it was confirmed.
+        """
+        await self.call("process.kill", {"id": process_id, "signal": signal}, Done, again=again)
 
     async def kill_and_wait(
         self, process_id: str, signal: str = "TERM", *, seconds: float = 3.0, escalate: bool = True

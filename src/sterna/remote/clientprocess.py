@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from sterna.errors import ConnectionLostError, SternaError, UsageError
+from sterna.errors import Code, ConnectionLostError, ProtocolError, SternaError, UsageError
 from sterna.limits import (
     REMOTE_CLIENT_CHUNK_BYTES,
     REMOTE_CLIENT_QUEUE_BYTES,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sterna.remote.clientwire import Message
 
 _EVENT_BYTES = 256  # what an event takes beside its data
+_EARLY_BYTES = 512  # what a frame takes that others come before
 
 
 class ProcessLostError(SternaError):
@@ -80,6 +81,7 @@ class Process:
         self._seen = seen
         self._events: deque[Event] = deque()
         self._early: dict[int, Message] = {}
+        self._early_bytes = 0
         self._queued = 0
         self._finished = False
         self._error: SternaError | None = None
@@ -144,8 +146,10 @@ class Process:
         elif message.seq > self._seen + 1:
             # A reattach may mix live frames into those from before; its reply says whether something is missing.
             self._early[message.seq] = message
-            self._count(len(message.data))
-            if not self._attaching:
+            self._count_early(_EARLY_BYTES + len(message.data))
+            if self._early_bytes > REMOTE_CLIENT_QUEUE_MAX_BYTES:
+                self.fail(ProtocolError(Code.BAD_PAYLOAD, "The daemon sends output and leaves out what is before it."))
+            elif not self._attaching:
                 self._client.reattach(self)
         else:
             self._deliver(message)
@@ -166,8 +170,12 @@ class Process:
 
     def _deliver_early(self) -> None:
         while self._early and (message := self._early.pop(self._seen + 1, None)) is not None:
-            self._count(-len(message.data))
+            self._count_early(-_EARLY_BYTES - len(message.data))
             self._deliver(message)
+
+    def _count_early(self, size: int) -> None:
+        self._early_bytes += size
+        self._count(size)
 
     # ---- the connection ---------------------------------------------------------------------------------------------
 
@@ -214,6 +222,8 @@ class Process:
         """Called by the client when the process cannot be reached any more."""
         if self.live:
             self._error = error
+            self._early.clear()
+            self._count_early(-self._early_bytes)
             self._came.set()
             self._input_failed(error)
             self._client.ended(self)
@@ -320,9 +330,12 @@ class Process:
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
-    async def kill(self, signal: str = "TERM") -> None:
-        """Sends KILL to the process and its group, or INT, HUP or TERM to the process alone."""
-        await self._client.kill(self.id, signal)
+    async def kill(self, signal: str = "TERM", *, again: bool = False) -> None:
+        """Sends KILL to the process and its group, or INT, HUP or TERM to the process alone.
+
+        Parameters: `again`, whether it is sent once more when the connection was lost before it was confirmed.
+        """
+        await self._client.kill(self.id, signal, again=again)
 
     async def kill_and_wait(self, signal: str = "TERM", *, seconds: float = 3.0, escalate: bool = True) -> Killed:
         """Sends a signal and waits up to `seconds` (30 at most) for the end; then, with `escalate`, sends KILL."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 _END_SECONDS = 3.0
 _POLL_SECONDS = 0.01
+_STATUS_SECONDS = 0.5
+_TOKEN_SECONDS = 1.0
 
 SOCKET = ".claude/remote/rpc.sock"
 """Where the daemon listens, below the home directory."""
@@ -111,12 +114,13 @@ class Link(asyncio.Protocol):
             if self._expected is not None and line.startswith(self._expected[0]):
                 prefix, answer = self._expected
                 self._expected = None
-                answer.set_result(line[len(prefix) :])
+                if not answer.done():
+                    answer.set_result(line[len(prefix) :])
             return
         self._begun = True
         try:
             message = _decode(line)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             self.close("What answers there is no daemon of this kind.")
             return
         self._received(message)
@@ -126,6 +130,16 @@ class Link(asyncio.Protocol):
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._expected = (prefix, answer)
         return await answer
+
+    async def status(self) -> int | None:
+        """Returns the carrier's exit status after the connection's end, None when there is none or it goes on."""
+        deadline = time.monotonic() + _STATUS_SECONDS
+        while self.carrier is not None:
+            status = self.carrier.poll()
+            if status is not None or time.monotonic() > deadline:
+                return status
+            await asyncio.sleep(_POLL_SECONDS)
+        return None
 
     def send(self, line: bytes) -> None:
         """Sends a line; after the end it is dropped, as the end is told to whoever waits for a reply."""
@@ -160,9 +174,11 @@ class Link(asyncio.Protocol):
         self._over = True
         reason = self._problem or (str(exc) if exc is not None else "") or "The other side closed the connection."
         if self._expected is not None:
-            self._expected[1].set_exception(ConnectionLostError(reason))
+            if not self._expected[1].done():  # who waited may have been told to end
+                self._expected[1].set_exception(ConnectionLostError(reason))
             self._expected = None
-        self.close()
+        if self._begun:  # before that whoever dials asks for the exit status first
+            self.close()
         self._lost(self, reason)
 
 
@@ -183,18 +199,47 @@ class SocketDialer:
     async def dial(self, link: Link) -> str:
         """Connects `link` and returns the token."""
         try:
-            token = read_token(self._path) if self._token is None else self._token
             await asyncio.get_running_loop().create_unix_connection(lambda: link, self._path)
         except OSError as error:
             raise ConnectionLostError(
-                f"No daemon answers at {self._path} ({error.strerror}): start one with `sterna-remote -serve`."
+                f"No daemon answers at {self._path} ({error.strerror}): start one with `{self._start()}`."
             ) from None
-        return token
+        if self._token is not None:
+            return self._token
+        try:
+            return await self._beside()
+        except OSError as error:
+            raise ConnectionLostError(
+                f"The token beside {self._path} cannot be read ({error.strerror}): pass it, or start the daemon again."
+            ) from None
+
+    async def _beside(self) -> str:
+        """Returns the token that lies beside the socket, which a daemon writes a moment after it listens."""
+        deadline = time.monotonic() + _TOKEN_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if os.stat(_token_file(self._path)).st_mtime_ns >= os.stat(self._path).st_mtime_ns:
+                    break  # otherwise it is that of the daemon before
+            except FileNotFoundError:
+                pass
+            await asyncio.sleep(_POLL_SECONDS)
+        return read_token(self._path)
+
+    def _start(self) -> str:
+        """Returns a command that starts the daemon here."""
+        usual = self._path == os.path.join(os.path.expanduser("~"), SOCKET)
+        where = "" if usual else f" -socket {shlex.quote(os.path.abspath(self._path))}"
+        said = "head -c 32 /dev/urandom | base64" if self._token is None else "printf %s TOKEN"
+        return f"{said} | sterna-remote -serve -token-fd 0{where}"
+
+
+def _token_file(path: str) -> str:
+    return os.path.join(os.path.dirname(path) or ".", FILE_NAME)
 
 
 def read_token(path: str) -> str:
     """Returns the token of the daemon that listens at `path`. Raises `OSError`."""
-    with open(os.path.join(os.path.dirname(path) or ".", FILE_NAME), "rb") as file:
+    with open(_token_file(path), "rb") as file:
         return file.read(REMOTE_TOKEN_MAX_BYTES).decode("utf-8", "replace")
 
 
@@ -264,5 +309,5 @@ def decoded(raw: msgspec.Raw, kind: type[T]) -> T:
     """Returns a result as its type. Raises `ProtocolError`."""
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProtocolError(Code.BAD_PAYLOAD, f"The daemon's answer makes no sense: {error}.") from None

@@ -26,27 +26,30 @@ _PRINTABLE: Final = re.compile(r"[\x20-\x7e]+")
 _SHA: Final = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
 
 
-def read(path: str) -> dict[str, str]:
-    """Returns the settings of a file, keys in small letters; none unless it is a regular file and no link to one."""
+def read(path: str) -> list[tuple[str, str]]:
+    """Returns the lines of a file, keys in small letters; none unless it is a regular file and no link to one."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            return {}
+            return []
         with open(path, "rb") as file:
             text = file.read(REMOTE_CONFIG_MAX_BYTES).decode("utf-8", "replace")
     except OSError:
-        return {}
-    settings = {}
+        return []
+    settings = []
     for line in text.split("\n"):
         key, equals, value = line.partition("=")
         if equals and not key.lstrip().startswith("#"):
-            settings[key.strip().lower()] = value.strip()
+            settings.append((key.strip().lower(), value.strip()))
     return settings
 
 
-def apply(settings: dict[str, str], flags: Flags) -> str:
-    """Sets the flags that were not given; whatever is unknown or invalid is ignored. Returns the version override."""
+def apply(settings: list[tuple[str, str]], flags: Flags) -> str:
+    """Sets the flags that were not given; whatever is unknown or invalid is ignored, of the rest the last one counts.
+
+    Returns the version override.
+    """
     override = ""
-    for key, value in settings.items():
+    for key, value in settings:
         if key == "version-override":
             override = value.lower() if _SHA.fullmatch(value) else override
         elif key in flags.given:

@@ -12,7 +12,7 @@ from sterna.limits import REMOTE_GIT_STRICT_SECONDS
 from sterna.remote import build, files, git, processes
 from sterna.remote.calls import Additions
 from sterna.remote.directories import remove, socket_identity
-from sterna.remote.dispatch import FEATURES, METHODS, Dispatcher
+from sterna.remote.dispatch import FEATURES, METHODS, WAITING, Dispatcher
 from sterna.remote.environment import TOKEN_PIPE, own_environment
 from sterna.remote.failure import StartError
 from sterna.remote.flags import duration_text
@@ -76,16 +76,16 @@ class Daemon:
             extract_max_bytes=flags.ints["max-extract-bytes"],
             staged=strict,
         ).methods
-        asked = git.Git(self._environment, home, seconds, duration_text(round(seconds * 1e9)), strict=strict).methods
-        workers = Workers(loop.post)
-        more = self._extensions(workers, home) if flags.bools["extensions"] else Additions()
+        self._git = git.Git(self._environment, home, seconds, duration_text(round(seconds * 1e9)), strict=strict)
+        workers = {kind: Workers(loop.post) for kind in ("files", "git", WAITING)}
+        more = self._extensions(workers["files"], home) if flags.bools["extensions"] else Additions()
         self._dispatcher = Dispatcher(
             self._log,
             workers,
             Workers(loop.post, 1),
             self._token,
             inline={**self._processes.methods, **more.inline},
-            threaded={**methods, **asked, **more.threaded},
+            threaded={**methods, **self._git.methods, **more.threaded},
             fields={**files.FIELDS, **git.FIELDS, **processes.FIELDS, **more.fields},
             server=_server_results(more),
             shut_down=self._stop,
@@ -138,8 +138,7 @@ class Daemon:
             self._metrics_server.listen(self._flags.texts["metrics-addr"])
         if self._flags.bools["listen-pipe"]:
             self._log.warn("[daemon] -listen-pipe is only for Windows and ignored here")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._loop.post(self._stop))
+        self._loop.when_signalled((signal.SIGTERM, signal.SIGINT), self._stop)
         self._log.plain(f"Claustrum remote server listening on {self._path}")
         sys.setswitchinterval(_SWITCH_SECONDS)
         gc.collect()
@@ -163,6 +162,7 @@ class Daemon:
     def _close(self) -> None:
         self._server.close_listener()
         self._metrics_server.close()
+        self._git.close()
         if self._lock < 0 or socket_identity(self._path) == self._socket:  # else it is another daemon's by now
             for name in (self._path, os.path.join(os.path.dirname(self._path) or ".", FILE_NAME)):
                 remove(name)

@@ -10,16 +10,21 @@ from sterna.remote.calls import (
     BAD_VERSION,
     FAILED,
     NO_METHOD,
+    NO_PARAMS,
     PARSE_ERROR,
     UNAUTHORIZED,
     Call,
     CallError,
+    LargeReplyError,
+    MayWaitError,
     Params,
     error_json,
     line,
+    reply_pieces,
 )
 from sterna.remote.fields import BindError, Kind, bind, fold
-from sterna.remote.wire import Members, Number, Value, WireError, decode, encode, encode_echo, scalar
+from sterna.remote.log import clipped
+from sterna.remote.wire import Members, Number, Value, WireError, decode, decode_apart, encode, encode_echo, scalar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +42,10 @@ METHODS: Final = (
 )  # fmt: skip
 NAMESPACES: Final = frozenset(method.partition(".")[0] for method in METHODS)
 FEATURES: Final = ("process.stdin.offset",)
+WAITING: Final = "waiting"
+_READING: Final = frozenset({
+    "files.list", "files.validate", "files.stat", "files.read", "git.info", "git.status", "git.list_branches",
+})  # fmt: skip
 
 _PARSE_REPLY: Final = line("null", error_json(PARSE_ERROR, "Parse error"))
 _PONG: Final = '"result":{"pong":true}'
@@ -45,6 +54,7 @@ _ENVELOPE: Final = frozenset({"jsonrpc", "id", "method", "params", "auth"})
 _ABSENT: Final = object()
 _LIGHT_BYTES: Final = 4_096  # up to here, or with so few values, a line is read where it arrives
 _LIGHT_VALUES: Final = 1_024
+_LONG_BYTES: Final = 65_536  # from here on text takes its time if it is not ASCII
 
 
 class Request:
@@ -59,11 +69,11 @@ class Request:
         self.bound: Params | None = None  # the parameters, where they are known already
 
 
-def decode_request(data: bytes) -> Request:
+def decode_request(data: bytes, read: Callable[[bytes], Value] = decode) -> Request:
     """Returns a line's request; null counts as an empty one. Raises `WireError` for everything that is none."""
     if data[:1] == b"[" or data[:1] == b'"':
         raise WireError("a request is an object")  # whether it is JSON or not
-    value = decode(data)
+    value = read(data)
     request = Request()
     if value is None:
         return request
@@ -100,8 +110,9 @@ def _heavy(data: bytes) -> bool:
 class Dispatcher:
     """Answers lines.
 
-    Parameters: `token`, without line ends; `inline`, methods that answer by themselves and never block; `threaded`,
-    methods that may block; `decoder`, a single thread for lines of very many values; `fields`, the parameters of both
+    Parameters: `workers`, of each namespace with methods that may block, and under `WAITING` of those that wait for
+    somebody; `decoder`, a single thread for lines of very many values; `token`, without line ends; `inline`, methods
+    that answer by themselves and never block; `threaded`, methods that may block; `fields`, the parameters of both
     kinds; `server`, results of the namespace server; `shut_down`, called by server.shutdown; `guarded`, whether that
     needs the token too.
     """
@@ -109,7 +120,7 @@ class Dispatcher:
     def __init__(
         self,
         log: Log,
-        workers: Workers,
+        workers: Mapping[str, Workers],
         decoder: Workers,
         token: bytes,
         *,
@@ -121,6 +132,7 @@ class Dispatcher:
         guarded: bool = False,
     ) -> None:
         self._log, self._workers, self._decoder, self._token = log, workers, decoder, token
+        self._strangers = decoder.alike()
         self._inline, self._threaded, self._fields, self._shut_down = inline, threaded, fields, shut_down
         self._server = {method: f'"result":{encode(result)}' for method, result in server.items()}
         self._server["server.ping"] = _PONG
@@ -128,9 +140,10 @@ class Dispatcher:
 
     def handle(self, connection: Connection, data: bytes) -> None:
         """Answers one line, now or later."""
-        if len(data) > _LIGHT_BYTES and _heavy(data):
+        if len(data) > _LIGHT_BYTES and (_heavy(data) or (len(data) > _LONG_BYTES and not data.isascii())):
             connection.hold(len(data))
-            self._decoder.submit(lambda: self._read_apart(connection, data))
+            known = connection.trusted or self._token in data  # others do not make those wait who have the token
+            (self._decoder if known else self._strangers).submit(lambda: self._read_apart(connection, data))
             return
         try:
             request = decode_request(data)
@@ -143,7 +156,7 @@ class Dispatcher:
         """Reads a line of very many values in the decoder's thread, so that it holds up its own connection only."""
         request: Request | None = None
         try:
-            request = decode_request(data)
+            request = decode_request(data, decode_apart)
             if request.method in self._fields and request.params is not _ABSENT:
                 request.bound = Params(bind(request.params, self._fields[request.method]))  # type: ignore[arg-type] # not _ABSENT
         except WireError:
@@ -165,7 +178,7 @@ class Dispatcher:
 
     def _answer(self, connection: Connection, request: Request, size: int) -> None:
         try:
-            self._check(request)
+            self._check(connection, request)
             outcome = self._server.get(request.method)
             if outcome is None:
                 self._call(connection, request, size)
@@ -174,10 +187,13 @@ class Dispatcher:
             outcome = error_json(error.number, str(error))
         connection.write(line(request.id_text, outcome))
 
-    def _check(self, request: Request) -> None:
+    def _check(self, connection: Connection, request: Request) -> None:
         method = request.method
-        if method != self._open and not self._authorized(request.auth):
-            self._log.warn(f"[Server] Unauthorized request: method={method}, id={request.id_text}")
+        if self._authorized(request.auth):
+            if not connection.trusted:
+                connection.trust()
+        elif method != self._open:
+            self._log.refusal(f"[Server] Unauthorized request: method={clipped(method)}, id={clipped(request.id_text)}")
             raise CallError(UNAUTHORIZED, "Unauthorized: invalid or missing auth token")
         if request.jsonrpc != "2.0":
             raise CallError(BAD_VERSION, "Invalid JSON-RPC version")
@@ -209,21 +225,91 @@ class Dispatcher:
             if answer is not None:
                 answer(call)
             else:
-                method = self._threaded[request.method]
-                self._workers.submit(lambda: self._work(method, call))
+                _Job(self._workers, request.method, self._threaded[request.method], call).submit()
         except CallError as error:
             call.fail(error)
         except Exception as error:  # noqa: BLE001 # the contract's safety net: one request fails, the daemon goes on
             call.fail(CallError(FAILED, f"recovered panic: {error}"))
 
-    @staticmethod
-    def _work(method: Callable[[Params], Result], call: Call) -> Callable[[], None]:
-        """Runs a method in a worker, which also encodes what it returns; sending is the loop's."""
+
+class _Job:
+    """A call of a method in a worker, which also encodes what it returns; sending is the loop's.
+
+    What only reads is not done any more for a client that is gone, and waits until the client has taken other replies.
+    """
+
+    __slots__ = ("_connection", "_namespace", "_pool", "_reads", "_taken", "_todo", "wanted")
+
+    def __init__(
+        self, workers: Mapping[str, Workers], name: str, method: Callable[[Params], Result], call: Call
+    ) -> None:
+        self._pool, self._namespace = workers, name.partition(".")[0]
+        self._reads = name in _READING
+        self._connection, params = call.connection, call.params
+        self._todo: tuple[Callable[[], Result], Call] | None = (lambda: method(params)), call
+        self.wanted = self._taken = 0
+        call.params = NO_PARAMS
+
+    def submit(self) -> None:
+        """Has it done."""
+        if not self._connection.closed:
+            self._connection.jobs.add(self)
+        self._pool[self._namespace].submit(self._work)
+
+    def start(self) -> None:
+        """There is room for the reply now, and it is taken."""
+        self._taken = self.wanted
+        self._pool[self._namespace].submit(self._go_on)
+
+    def drop(self) -> None:
+        """The client is gone: what has not begun never will, unless it changes something."""
+        if self._reads:
+            self._todo = None
+
+    def _work(self) -> Callable[[], None]:
+        if self._reads and not self._connection.take(0):
+            return lambda: self._connection.queue(self)
+        return self._go_on()
+
+    def _go_on(self) -> Callable[[], None]:
+        todo = self._todo
+        if todo is None:
+            return self._release
+        method, call = todo
         try:
-            outcome = f'"result":{encode(method(call.params))}'
+            result = method()
+        except LargeReplyError as large:
+            self._todo, self.wanted = (large.rest, call), large.size
+            if not self._connection.take(large.size):
+                return lambda: self._connection.queue(self)
+            self._taken = large.size
+            return self._go_on()
+        except MayWaitError as waiting:
+            self._todo = waiting.rest, call
+            return self._wait
         except CallError as error:
-            outcome = error_json(error.number, str(error))
+            reply: tuple[bytes, ...] = (line(call.id_text, error_json(error.number, str(error))),)
         except Exception as error:  # noqa: BLE001 # as in `_call`
-            outcome = error_json(FAILED, f"recovered panic: {error}")
-        reply = line(call.id_text, outcome)
-        return lambda: call.send_encoded(reply)
+            reply = (line(call.id_text, error_json(FAILED, f"recovered panic: {error}")),)
+        else:
+            reply = tuple(reply_pieces(call.id_text, result))
+        return lambda: self._send(call, reply)
+
+    def _wait(self) -> None:
+        """Goes on where only what may wait for somebody else waits; a client that is gone is not put in the queue."""
+        self._release(ended=False)
+        pool = self._pool[WAITING]
+        if pool.all_busy:
+            self._reads = True
+        if not (self._reads and self._connection.closed):
+            pool.submit(self._go_on)
+
+    def _send(self, call: Call, reply: tuple[bytes, ...]) -> None:
+        call.send_encoded(*reply)
+        self._release()
+
+    def _release(self, *, ended: bool = True) -> None:
+        taken, self._taken = self._taken, 0
+        self._connection.give_back(taken)
+        if ended:
+            self._connection.jobs.discard(self)

@@ -2,7 +2,8 @@
 
 A daemon may die between any two calls. So output is spliced from its pipe to a memory file whose position, which the
 kernel advances together with the move, all daemons share; what is in the file behind the last frame of the index is the
-next frame. Input is accepted when it stands in a memory file, and spliced from there to its pipe likewise.
+next frame. Input is accepted when it stands in a memory file, and spliced from there to its pipe likewise. A terminal
+is no pipe, and one side of a splice has to be one: there is a pipe between, whose content the next daemon finds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sterna.limits import (
 from sterna.remote import holding
 from sterna.remote.child import STDERR, STDOUT, Child
 from sterna.remote.replay import EXIT
+from sterna.remote.terminal import queued
 
 if TYPE_CHECKING:
     from sterna.remote.keeper import Session
@@ -47,6 +49,7 @@ class About(msgspec.Struct, array_like=True):
     id: str
     command: str
     started_at: float
+    terminal: bool = False
 
 
 class Trail:
@@ -84,14 +87,16 @@ class DurableChild(Child):
 
     __slots__ = (
         "_dead_stdin", "_ends", "_forgotten", "_frames", "_handle", "_index", "_input", "_kept", "_records", "_reaped",
-        "_session", "about", "ended_at",
+        "_session", "_sources", "about", "ended_at",
     )  # fmt: skip
 
     def __init__(self, session: Session, handle: int, pid: int, about: About, descriptors: list[int]) -> None:
-        pidfd, stdin, stdout, stderr, record_out, record_err, index, feed = descriptors
+        pidfd, stdin, stdout, stderr = descriptors[: holding.OUT_READ]
+        record_out, record_err, index, feed = descriptors[holding.PIPES :]
         super().__init__(pid, pidfd, stdin, stdout, stderr)
         self._session, self._handle, self.about = session, handle, about
         self.started_at = about.started_at
+        self._sources = self._outputs  # where what is printed comes out of
         self._records = record_out, record_err
         self._index = Trail(index, REMOTE_INDEX_FRAMES * _FRAME.size)
         self._input = Trail(feed, _PIPE_MAX_BYTES)
@@ -109,7 +114,7 @@ class DurableChild(Child):
         room = REMOTE_RECORD_BYTES - self._ends[stream] % REMOTE_RECORD_BYTES
         size = room if room < REMOTE_FRAME_BYTES else REMOTE_FRAME_BYTES
         try:
-            size = os.splice(self._outputs[stream], self._records[stream], size, flags=os.SPLICE_F_NONBLOCK)
+            size = os.splice(self._sources[stream], self._records[stream], size, flags=os.SPLICE_F_NONBLOCK)
         except BlockingIOError:
             return None
         except OSError:
@@ -168,11 +173,15 @@ class DurableChild(Child):
         except BlockingIOError:
             return 0
         except OSError:
-            self._dead_stdin = True
-            self._skip_input(self._kept)
+            self._lose_input()
             raise
         self._input.trim(self._input.position())
         return sent
+
+    def _lose_input(self) -> None:
+        """The child has closed its input."""
+        self._dead_stdin = True
+        self._skip_input(self._kept)
 
     def seal_stdin(self) -> None:
         """Puts on record that the input ends."""
@@ -287,3 +296,71 @@ class DurableChild(Child):
     def stdin_sealed(self) -> bool:
         """Whether the input is closed, or to be closed after what waits."""
         return self.stdin < 0 or bool(fcntl.fcntl(self._input.descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_GROW)
+
+
+class DurablePtyChild(DurableChild):
+    """The same with a terminal: all it prints comes as STDOUT, and there is no STDERR."""
+
+    __slots__ = ("_between", "_in_read", "_in_write", "_out_write")
+    has_terminal = True
+
+    def __init__(self, session: Session, handle: int, pid: int, about: About, descriptors: list[int]) -> None:
+        super().__init__(session, handle, pid, about, descriptors)
+        self._between = descriptors[holding.OUT_READ : holding.PIPES]
+        out_read, self._out_write, self._in_read, self._in_write = self._between
+        self._sources = [out_read, -1]
+
+    def read(self, stream: int) -> bytes | None:
+        """Returns one frame, as the terminal gives it: empty when nobody holds that open any more and all is taken."""
+        if stream == STDERR:
+            return b""
+        room = REMOTE_RECORD_BYTES - self._ends[stream] % REMOTE_RECORD_BYTES
+        ended = self._fetch(min(room, REMOTE_FRAME_BYTES))
+        chunk = super().read(stream)
+        return b"" if ended and chunk is None else chunk
+
+    def _fetch(self, size: int) -> bool:
+        """Moves output to the pipe between, a page or less at a time. Returns whether this is the end of it."""
+        source, target = self._outputs[STDOUT], self._out_write
+        try:
+            while size and (moved := os.splice(source, target, size, flags=os.SPLICE_F_NONBLOCK)):
+                size -= moved
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return size > 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Types the next input on record; of `data`, which is the same, only the length counts."""
+        held = queued(self._in_read)
+        try:
+            if not held:
+                held = os.splice(self._input.descriptor, self._in_write, len(data), flags=os.SPLICE_F_NONBLOCK)
+            sent = os.splice(self._in_read, self.stdin, held, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._lose_input()
+            os.read(self._in_read, held)
+            raise
+        self._input.trim(self._input.position())
+        return sent
+
+    def reap(self) -> None:
+        """Has the holder reap the child, and closes what belonged to the terminal."""
+        super().reap()
+        for descriptor in self._between:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def recover(self, replay: Replay) -> None:
+        """Fills an empty replay with what is on record, and with what was between the terminal and the record."""
+        super().recover(replay)
+        while self.exit_code is None and (chunk := super().read(STDOUT)):
+            replay.add(STDOUT, chunk)
+
+    @property
+    def waiting(self) -> int:
+        """How much accepted input the terminal has not taken yet."""
+        return super().waiting + queued(self._in_read)

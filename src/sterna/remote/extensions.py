@@ -10,7 +10,7 @@ from sterna.remote.files import FIELDS as FILES_FIELDS
 from sterna.remote.gotext import failure
 from sterna.remote.processes import FIELDS as PROCESS_FIELDS
 from sterna.remote.processes import terminal_size
-from sterna.remote.ptychild import PtyChild
+from sterna.remote.terminal import set_size
 from sterna.remote.write import Writer
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ FEATURES: Final = (
     "process.list", "process.watch", "process.closeStdin", "process.spawn.pty", "process.reattach.wantGap",
     "files.write", "files.watch",
 )  # fmt: skip
+
+_LISTED_BYTES: Final = 512  # what a listed process takes beside its id, about
 
 _SIZE: Final = {"cols": Integer(signed=True), "rows": Integer(signed=True)}
 FIELDS: Final[Mapping[str, Mapping[str, Kind]]] = {
@@ -74,7 +76,9 @@ class _ProcessMethods:
         }
 
     def _list(self, call: Call) -> None:
-        call.succeed({"processes": [_described(process) for process in self._processes.all()]})
+        processes = [_described(process) for process in self._processes.all()]
+        size = _LISTED_BYTES + sum(_LISTED_BYTES + 6 * len(str(one["id"])) for one in processes)
+        call.succeed_by_and_by({"processes": processes}, size)
 
     def _watch(self, call: Call) -> None:
         process = self._processes.get(_id_of(call))
@@ -111,7 +115,7 @@ class _ProcessMethods:
     def _closed_stdin(self, call: Call) -> bool:
         try:
             process = self._running(call)
-            if isinstance(process.child, PtyChild):
+            if process.child.has_terminal:
                 raise CallError(BAD_PARAMS, "Process has a terminal: send its end-of-file character instead")
             process.close_stdin()
         except CallError as error:
@@ -122,10 +126,10 @@ class _ProcessMethods:
 
     def _resize(self, call: Call) -> None:
         process = self._running(call)
-        if not isinstance(process.child, PtyChild):
+        if not process.child.has_terminal:
             raise CallError(BAD_PARAMS, "Process has no terminal")
         try:
-            process.child.resize(*terminal_size(call.params))
+            set_size(process.child.stdin, *terminal_size(call.params))
         except OSError as error:
             raise CallError(FAILED, failure("resize", process.id, error)) from error
         call.succeed(SUCCESS)

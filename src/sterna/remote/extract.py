@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
+from errno import ENAMETOOLONG
 from typing import TYPE_CHECKING
 
 from sterna.errors import SternaError
+from sterna.remote.beneath import step
 from sterna.remote.directories import MkdirError, make_directories, remove
 from sterna.remote.gotext import bytes_of, clean, errno_text, failure, join, quote, text_of
 from sterna.remote.gzipped import GzipError, GzipReader
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MARKER = b".synced"
+_NAME_MAX_BYTES = 4_096  # PATH_MAX: nothing deeper could be opened by its path afterwards
 
 
 class ExtractError(SternaError):
@@ -36,7 +40,7 @@ def extract(archive: str, target: str, home: str, max_bytes: int, staged: bool =
     try:
         place = _checked(target, home)
         try:
-            source = os.open(bytes_of(archive), os.O_RDONLY | os.O_NOCTTY)
+            source = _opened(archive, staged)
         except (OSError, ValueError) as error:
             raise ExtractError(f"open archive: {failure('open', archive, error)}") from error
         try:
@@ -47,6 +51,16 @@ def extract(archive: str, target: str, home: str, max_bytes: int, staged: bool =
             os.close(source)
     except ExtractError as error:
         return error.count, str(error)
+
+
+def _opened(archive: str, only_regular: bool) -> int:
+    """Returns the descriptor of an archive. Raises `ExtractError`, `OSError`, `ValueError`."""
+    waiting = os.O_NONBLOCK if only_regular else 0  # a pipe without a writer would keep a thread for ever
+    source = os.open(bytes_of(archive), os.O_RDONLY | os.O_NOCTTY | waiting)
+    if only_regular and not stat.S_ISREG(os.fstat(source).st_mode):
+        os.close(source)
+        raise ExtractError(f"open archive: open {archive}: not a regular file")
+    return source
 
 
 def _is(descriptor: int, path: str) -> bool:
@@ -105,6 +119,9 @@ def _unpack_staged(unpacked: GzipReader, place: str, max_bytes: int) -> int:
         raise ExtractError(f"mkdir destDir: {failure('mkdir', place, error)}") from error
     try:
         count = _fill(unpacked, _Tree(place, staging.path), max_bytes)
+    except OSError as error:
+        staging.drop()
+        raise ExtractError(f"mkdir destDir: {failure('open', place, error)}") from error
     except BaseException:
         staging.drop()
         raise
@@ -197,19 +214,17 @@ class _Tree:
     def enter(self, parts: list[bytes]) -> int:
         """Returns the descriptor of a directory below, made if it is missing. Raises `_MkdirError`."""
         here = os.dup(self._root)
+        length = 0
         for depth, part in enumerate(parts, 1):
+            length += len(part) + 1
             try:
-                try:
-                    os.mkdir(part, 0o700, dir_fd=here)
-                except FileExistsError:
-                    pass
-                deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                if length > _NAME_MAX_BYTES:
+                    os.close(here)
+                    raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
+                here = step(here, part, 0o700)
             except (OSError, ValueError) as error:
                 path = join(self.path, text_of(b"/".join(parts[:depth])))
                 raise _MkdirError(failure("mkdir", path, error)) from error
-            finally:
-                os.close(here)
-            here = deeper
         return here
 
     def create(self, parts: list[bytes], name: bytes) -> int:

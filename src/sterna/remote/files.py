@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from errno import EFBIG, ENOENT, ENOTDIR
+from heapq import merge
 from typing import TYPE_CHECKING, Final
 
 from sterna.limits import REMOTE_READ_DEFAULT_BYTES, REMOTE_READ_DEVICE_MAX_BYTES
-from sterna.remote.calls import BAD_PARAMS, FAILED, CallError
+from sterna.remote.calls import BAD_PARAMS, FAILED, CallError, LargeReplyError, MayWaitError
 from sterna.remote.extract import extract
 from sterna.remote.fields import TEXT, Integer, Kind
 from sterna.remote.gotext import bytes_of, expand, failure, join, number_of, text_of
+from sterna.remote.wire import Raw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from sterna.remote.calls import Params, Result
 
@@ -31,6 +34,9 @@ _TYPES: Final = {
     stat.S_IFDIR: "d", stat.S_IFIFO: "p", stat.S_IFSOCK: "S", stat.S_IFBLK: "D", stat.S_IFCHR: "Dc", stat.S_IFLNK: "L",
 }  # fmt: skip
 _READ_BYTES = 1024 * 1024
+_SMALL_BYTES = 16 * 1024  # up to here a reply is made whatever its client has to read
+_LISTED_RATIO = 8  # of what is told of a directory to its size on the disk, about
+_SORTED = 8_192
 
 
 def mode_text(mode: int) -> str:
@@ -89,19 +95,23 @@ class Files:
 
     def _list(self, params: Params) -> Result:
         path = self._path(params)
+        size = _size(path) * _LISTED_RATIO
+        if size > _SMALL_BYTES:
+            raise LargeReplyError(size, lambda: self._listed(path))
+        return self._listed(path)
+
+    def _listed(self, path: str) -> Result:
         try:
             descriptor = os.open(bytes_of(path), os.O_RDONLY | os.O_DIRECTORY)
         except (OSError, ValueError) as error:
-            if number_of(error) == ENOTDIR and _opens(path):
-                raise CallError(FAILED, failure("readdirent", path, error)) from error
-            raise CallError(FAILED, failure("open", path, error)) from error
+            raise CallError(FAILED, _why_not_listed(path, error)) from error
         try:
-            names = sorted(name for name in map(os.fsencode, os.listdir(descriptor)) if not name.startswith(b"."))
+            names = [name for name in map(os.fsencode, os.listdir(descriptor)) if not name.startswith(b".")]
         except OSError as error:
             raise CallError(FAILED, failure("readdirent", path, error)) from error
         finally:
             os.close(descriptor)
-        return {"entries": [self._entry(path, text_of(name)) for name in names]}
+        return {"entries": (self._entry(path, text_of(name)) for name in _sorted(names))}
 
     @staticmethod
     def _entry(path: str, name: str) -> Result:
@@ -126,36 +136,91 @@ class Files:
         if status.st_size > limit:
             raise CallError(BAD_PARAMS, "files.read: file exceeds maxBytes")
         # What has no size, or grows, is read to its end; a bound keeps an endless device from taking all memory.
-        content = _content(path, max(limit, REMOTE_READ_DEVICE_MAX_BYTES) if regular else REMOTE_READ_DEVICE_MAX_BYTES)
-        return {"content": text_of(content), "exists": True}
+        if not regular:
+            raise MayWaitError(lambda: _content(path, REMOTE_READ_DEVICE_MAX_BYTES))
+        most = max(limit, REMOTE_READ_DEVICE_MAX_BYTES)
+        if status.st_size > _SMALL_BYTES:
+            raise LargeReplyError(status.st_size, lambda: self._regular(path, most))
+        return self._regular(path, most)
+
+    def _regular(self, path: str, limit: int) -> Result:
+        """Reads what was a regular file a moment ago; somebody may have put a pipe in its place."""
+        try:
+            descriptor = os.open(bytes_of(path), os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except BlockingIOError:  # somebody has a lease on it
+            raise MayWaitError(lambda: _content(path, limit)) from None
+        except OSError as error:
+            raise CallError(FAILED, failure("open", path, error)) from error
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            return _read_all(path, descriptor, limit)
+        os.close(descriptor)
+        if self._regular_only:
+            raise CallError(BAD_PARAMS, "files.read: not a regular file")
+        raise MayWaitError(lambda: _content(path, REMOTE_READ_DEVICE_MAX_BYTES))
 
     def _extract(self, params: Params) -> Result:
         archive, target = params.text("archivePath"), params.text("destDir")
         if not archive or not target:
             raise CallError(BAD_PARAMS, "archivePath and destDir are required")
-        count, problem = extract(
-            expand(archive, self._home), expand(target, self._home), self._home, self._extract_max_bytes, self._staged
-        )
+        archive, target = expand(archive, self._home), expand(target, self._home)
+        if _may_wait(archive):
+            raise MayWaitError(lambda: self._extracted(archive, target))
+        return self._extracted(archive, target)
+
+    def _extracted(self, archive: str, target: str) -> Result:
+        count, problem = extract(archive, target, self._home, self._extract_max_bytes, self._staged)
         result: Result = {"success": not problem, "fileCount": count}
         return result | {"error": problem} if problem else result
 
 
-def _opens(path: str) -> bool:
-    """Returns whether something that is no directory could be opened, without waiting for the other end of a pipe."""
+def _size(path: str) -> int:
     try:
-        os.close(os.open(bytes_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY))
+        return os.stat(bytes_of(path)).st_size
+    except (OSError, ValueError):
+        return 0  # which is told when it is opened
+
+
+def _sorted(names: list[bytes]) -> Iterable[bytes]:
+    """Returns the names in order; sorting very many at once would hold up the other threads."""
+    if len(names) <= _SORTED:
+        return sorted(names)
+    return merge(*(sorted(names[start : start + _SORTED]) for start in range(0, len(names), _SORTED)))
+
+
+def _why_not_listed(path: str, error: OSError | ValueError) -> str:
+    """Returns what opening says of a path, without waiting for the other end of a pipe, else what listing says."""
+    if number_of(error) == ENOTDIR:
+        try:
+            os.close(os.open(bytes_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY))
+        except BlockingIOError:  # somebody has a lease on it
+            pass
+        except OSError as plain:
+            return failure("open", path, plain)
+        return failure("readdirent", path, error)
+    return failure("open", path, error)
+
+
+def _may_wait(path: str) -> bool:
+    """Returns whether whoever opens or reads this may wait for somebody else."""
+    try:
+        mode = os.stat(bytes_of(path)).st_mode
     except (OSError, ValueError):
         return False
-    return True
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def _content(path: str, limit: int) -> bytes:
-    """Returns the bytes of a file up to its end. Raises `CallError`."""
+def _content(path: str, limit: int) -> Result:
+    """Reads a file up to its end. Raises `CallError`."""
     try:
         descriptor = os.open(bytes_of(path), os.O_RDONLY | os.O_NOCTTY)
     except OSError as error:
         raise CallError(FAILED, failure("open", path, error)) from error
-    pieces, size = [], 0
+    return _read_all(path, descriptor, limit)
+
+
+def _read_all(path: str, descriptor: int, limit: int) -> Result:
+    pieces, size = deque[bytes](), 0
     try:
         while piece := os.read(descriptor, _READ_BYTES):
             pieces.append(piece)
@@ -166,4 +231,4 @@ def _content(path: str, limit: int) -> bytes:
         raise CallError(FAILED, failure("read", path, error)) from error
     finally:
         os.close(descriptor)
-    return b"".join(pieces)
+    return {"content": Raw(pieces), "exists": True}

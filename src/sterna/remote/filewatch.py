@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from errno import ENOSPC, ENOTDIR
 from itertools import count
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _CREATED: Final = inotify.CREATE | inotify.MOVED_TO
 _DELETED: Final = inotify.DELETE | inotify.MOVED_FROM
 _CHANGED: Final = inotify.MODIFY | inotify.ATTRIB | inotify.CLOSE_WRITE
+# what files.write and -strict put beside a file or directory until it is complete
+_OWN_NAME: Final = re.compile(rb"\.(?:sterna|.*\.staged)-[0-9a-f]{16}(?:\.old)?", re.DOTALL)
 _OVER: Final = inotify.DELETE_SELF | inotify.MOVE_SELF | inotify.UNMOUNT | inotify.IGNORED
 
 
@@ -157,7 +160,10 @@ class _Watch:
             self._lost = True
         if mask & _OVER:
             self._over = True
-        if not name or self._only not in {None, name}:
+        if self._lost:  # a line says so, and nothing of what came before it
+            self._changes.clear()
+            return
+        if not name or (self._only != name if self._only is not None else _OWN_NAME.fullmatch(name)):
             return
         event = "created" if mask & _CREATED else "deleted" if mask & _DELETED else "changed" if mask & _CHANGED else ""
         if not event or (event == "changed" and self._changes.get(name) == "created"):
@@ -165,6 +171,7 @@ class _Watch:
         self._changes.pop(name, None)  # the order is that of the last events
         self._changes[name] = event
         if len(self._changes) > REMOTE_FILE_WATCH_NAMES_MAX:
+            self._changes.clear()
             self._lost = True
 
     def tell(self) -> None:
@@ -173,7 +180,6 @@ class _Watch:
             self.connection.paused.add(self)
             return
         if self._lost:
-            self._changes.clear()
             self._line("overflow")
             self._lost = False
         changes, self._changes = self._changes, {}

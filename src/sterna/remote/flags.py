@@ -51,6 +51,8 @@ DURATIONS: Final = {
     "cli-download-timeout": "bound of a download, 0 for none", "libc-probe-timeout": "bound of ldd, 0 for none",
 }  # fmt: skip
 
+_BOUNDS: Final = frozenset({"max-extract-bytes", "max-cli-bytes", *DURATIONS})  # below 0 is none, as 0 is
+
 
 class FlagError(SternaError):
     """The command line is wrong; the text is the first line that is printed. An empty text asks for the usage only."""
@@ -99,9 +101,10 @@ def _set(flags: Flags, name: str, value: str | None, rest: list[str]) -> None:
             flags.texts[name] = value
         else:
             try:
-                flags.ints[name] = duration(value) if name in DURATIONS else integer(value)
+                number = duration(value) if name in DURATIONS else integer(value)
             except ValueError as error:
                 raise FlagError(f'invalid value "{value}" for flag -{name}: {error}') from error
+            flags.ints[name] = max(0, number) if name in _BOUNDS else number
     elif name in {"h", "help"}:
         raise FlagError
     else:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import select
+import signal
 import subprocess
+import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from sterna.errors import SternaError
 from sterna.remote.calls import BAD_PARAMS, FAILED, SUCCESS, CallError
 from sterna.remote.environment import find_command, search_path
 from sterna.remote.fields import TEXT, Kind
-from sterna.remote.gotext import bytes_of, errno_text, expand, quote, text_of, trim
-from sterna.remote.removal import RemovalError, holds_home, remove_all
+from sterna.remote.gotext import bytes_of, errno_text, expand, failure, quote, text_of, trim
+from sterna.remote.removal import RemovalError, holds_home, names_home, remove_all, resolved
 from sterna.remote.seeding import seed
 
 if TYPE_CHECKING:
@@ -27,6 +32,8 @@ FIELDS: Final[Mapping[str, Mapping[str, Kind]]] = dict.fromkeys(
     ("git.info", "git.status", "git.list_branches", "git.worktree_create", "git.worktree_remove"), _ALL
 )
 
+_OUTPUT_MAX_BYTES: Final = 16 * 1024 * 1024  # of one git, with what its hooks and filters print
+_READ_BYTES: Final = 64 * 1024
 _URL: Final = re.compile(r"(?:https?|ssh|git)://(?:[^/]*@)?(?P<host>[^/@]*)/(?P<path>.*)", re.IGNORECASE | re.ASCII)
 _SCP: Final = re.compile(r"(?:[^/:]*@)?(?P<host>[^/:@]+):(?P<path>.*)", re.ASCII)
 _OWNER: Final = re.compile(r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*")
@@ -68,6 +75,8 @@ class Git:
         self._environment.pop(b"", None)
         self._path = search_path(environment)
         self._home, self._seconds, self._seconds_text = home, seconds or None, seconds_text
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._turn = threading.Lock()  # so that no group is killed whose number may be another one's by now
         self.methods: Mapping[str, Callable[[Params], Result]] = {
             "git.info": self._info,
             "git.status": self._status,
@@ -76,28 +85,55 @@ class Git:
             "git.worktree_remove": self._worktree_remove,
         }
 
+    def close(self) -> None:
+        """Kills every git with what it started; called once, at the end."""
+        with self._turn:
+            for process in self._running:
+                _kill_group(process)
+
     def _expanded(self, params: Params, name: str) -> str:
         return expand(params.text(name), self._home)
 
     def _run(self, directory: str, *words: str, both: bool = False) -> str:
         """Returns what git prints on its output, with `both` also on its error output. Raises `GitError`."""
         try:
-            argv = [bytes_of(word) for word in (find_command("git", self._path), "-C", directory, *words)]
-            done = subprocess.run(
-                argv, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
-                stderr=subprocess.STDOUT if both else subprocess.DEVNULL, timeout=self._seconds, close_fds=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise GitError("signal: killed", timed_out=True) from error
+            executable = find_command("git", self._path)
         except LookupError as error:
             raise GitError(str(error)) from error
-        except ValueError as error:
-            raise GitError(f"fork/exec {find_command('git', self._path)}: invalid argument") from error
-        output = text_of(done.stdout)
-        if done.returncode > 0:
-            raise GitError(f"exit status {done.returncode}", output)
-        if done.returncode < 0:
-            raise GitError(f"signal: {_signal_text(-done.returncode)}", output)
+        try:
+            process = subprocess.Popen(
+                [bytes_of(word) for word in (executable, "-C", directory, *words)], env=self._environment,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, close_fds=False, process_group=0,
+                stderr=subprocess.STDOUT if both else subprocess.DEVNULL,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise GitError(failure("fork/exec", executable, error)) from error
+        with process:
+            output = text_of(self._output(process))
+        if process.returncode > 0:
+            raise GitError(f"exit status {process.returncode}", output)
+        if process.returncode < 0:
+            raise GitError(f"signal: {_signal_text(-process.returncode)}", output)
+        return output
+
+    def _output(self, process: subprocess.Popen[bytes]) -> bytes:
+        """Returns what a git prints until it has ended, whole lines when that is too much. Raises `GitError`."""
+        with self._turn:
+            self._running.add(process)
+        finished = False
+        try:
+            deadline = time.monotonic() + self._seconds if self._seconds else math.inf
+            output = _read(process, deadline)
+            finished = output is not None and _ends_before(process.pid, deadline)
+        finally:
+            if not finished:
+                _kill_group(process)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            with self._turn:
+                self._running.discard(process)
+                process.wait()
+        if output is None or not finished:
+            raise GitError("signal: killed", timed_out=True)
         return output
 
     def _asked(self, directory: str, *words: str) -> str:
@@ -192,13 +228,15 @@ class Git:
     def _worktree_remove(self, params: Params) -> Result:
         repo, path = self._expanded(params, "baseRepo"), self._expanded(params, "worktreePath")
         branch = params.text("branchName")
-        if path and holds_home(path, self._home):
-            text = f"worktreePath must not be or contain the home directory: {quote(path)}"
-            return {"success": False, "error": text}
+        refusal = f"worktreePath must not be or contain the home directory: {quote(path)}"
+        if path and (holds_home(path, self._home, repo) or names_home(path, self._home, repo)):
+            return {"success": False, "error": refusal}
         if self._strict:
             path, problem = self._own_worktree(repo, path)
             if problem:
                 return {"success": False, "error": problem}
+            if holds_home(path, self._home):
+                return {"success": False, "error": refusal}
         try:
             self._run(repo, "worktree", "remove", "--force", path, both=True)
         except GitError as error:
@@ -222,18 +260,57 @@ class Git:
         """Returns the full path of a worktree, and why it must not be removed unless it may be."""
         try:
             listed = self._run(repo, "worktree", "list", "--porcelain", "-z")
-            wanted = os.path.realpath(bytes_of(os.path.join(repo, path)))
-        except (GitError, ValueError) as error:
+        except GitError as error:
             return path, f"git worktree list failed: {error}"
+        wanted = resolved(os.path.join(repo, path))
         for record in listed.split("\0\0")[1:]:  # the first one is the main working tree
             place, *attributes = record.split("\0")
-            if place.startswith("worktree ") and os.path.realpath(bytes_of(place[9:])) == wanted:
+            if place.startswith("worktree ") and resolved(place[9:]) == wanted:
                 locked = any(attribute.partition(" ")[0] == "locked" for attribute in attributes)
-                return text_of(wanted), f"worktree is locked: {quote(path)}" if locked else ""
+                return wanted, f"worktree is locked: {quote(path)}" if locked else ""
         return path, f"worktreePath is not a worktree of the repository: {quote(path)}"
 
 
-def _signal_text(number: int) -> str:
-    import signal
+def _read(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
+    """Returns what a child prints, None when that does not end in time; of too much, the whole lines at the start."""
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    output, lost = bytearray(), False
+    while poll.poll(_milliseconds(deadline)):
+        piece = os.read(descriptor, _READ_BYTES)
+        if not piece:
+            return bytes(output[: output.rfind(b"\n") + 1] if lost else output)
+        lost = lost or len(output) + len(piece) > _OUTPUT_MAX_BYTES
+        if not lost:
+            output += piece
+    return None
 
+
+def _milliseconds(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic()) * 1000
+
+
+def _ends_before(pid: int, deadline: float) -> bool:
+    """Waits for the end of a child, which is not reaped; returns whether it came in time."""
+    pause = 0.0005
+    flags = os.WEXITED | os.WNOWAIT | (0 if deadline == math.inf else os.WNOHANG)
+    while os.waitid(os.P_PID, pid, flags) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return True
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Sends SIGKILL to a child that is not reaped yet, and to everything in its process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # the rest of it has become another user's
+
+
+def _signal_text(number: int) -> str:
     return (signal.strsignal(number) or f"signal {number}").lower()

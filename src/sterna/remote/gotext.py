@@ -46,9 +46,17 @@ def join(directory: str, name: str) -> str:
     return clean("/".join(parts)) if parts else ""
 
 
+def working_directory() -> str:
+    """Returns where relative paths begin; when that is deleted, where it was, as `..` still leads above it."""
+    try:
+        return text_of(os.getcwdb())
+    except FileNotFoundError:
+        return text_of(os.readlink(b"/proc/self/cwd").removesuffix(b" (deleted)"))
+
+
 def absolute(path: str) -> str:
     """Returns the cleaned absolute path, relative ones seen from the working directory."""
-    return clean(path) if path.startswith("/") else join(text_of(os.getcwdb()), path)
+    return clean(path) if path.startswith("/") else join(working_directory(), path)
 
 
 def expand(path: str, home: str) -> str:

@@ -22,7 +22,7 @@ from sterna.limits import (
     REMOTE_RETENTION_SECONDS,
 )
 from sterna.remote import holding
-from sterna.remote.holding import DESCRIPTORS, PIDFD, PIPES, STDERR, STDIN, STDOUT, HoldingError
+from sterna.remote.holding import DESCRIPTORS, PIDFD, PIPES, STDIN, HoldingError
 from sterna.remote.spawn import descriptor_limit, raise_descriptor_limit, spawn_followed
 
 _POLL_SECONDS: Final = 1.0
@@ -32,10 +32,11 @@ _RECORDS: Final = ("stdout", "stderr", "index", "stdin")
 class Held:
     """A process; `descriptors` are −1 when they are closed. It is a zombie from its end until `reap`."""
 
-    __slots__ = ("about", "descriptors", "ended_at", "pid", "reaped")
+    __slots__ = ("about", "descriptors", "ended_at", "open", "pid", "reaped")
 
     def __init__(self, pid: int, about: bytes, descriptors: list[int]) -> None:
         self.pid, self.about, self.descriptors = pid, about, descriptors
+        self.open = sum(descriptor >= 0 for descriptor in descriptors)
         self.reaped = False
         self.ended_at: float | None = None  # when this was noticed while no daemon was there
 
@@ -51,6 +52,7 @@ class Held:
         if self.descriptors[which] >= 0:
             os.close(self.descriptors[which])
             self.descriptors[which] = -1
+            self.open -= 1
 
     def reap(self) -> None:
         """Takes the process, which must have ended, out of the process table, and closes its pipes."""
@@ -189,10 +191,10 @@ class Holder:
     # ------------------------------------------------------------------------------------------------------ processes
 
     def _start(self, daemon: socket.socket, items: list[bytes]) -> None:
-        _, executable, cwd, about, count, *words = items
+        _, executable, cwd, about, size, count, *words = items
         argv, env = words[: int(count)], words[int(count) :]
         try:
-            held = self._started(executable, argv, env, cwd, about)
+            held = self._started(executable, argv, env, cwd, about, size)
         except _PipeError as error:
             holding.send(daemon, [holding.FAILED, b"pipe", str(error.errno).encode()])
         except OSError as error:
@@ -202,34 +204,35 @@ class Holder:
             self._held[handle] = held
             self._lend(daemon, handle, held)
 
-    def _started(self, executable: bytes, argv: list[bytes], env: list[bytes], cwd: bytes, about: bytes) -> Held:
-        opened: list[int] = []
+    def _started(
+        self, executable: bytes, argv: list[bytes], env: list[bytes], cwd: bytes, about: bytes, size: bytes
+    ) -> Held:
+        kept: list[int] = []
+        given: list[int] = []
         try:
             try:
-                used = sum(PIPES if held.reaped else DESCRIPTORS for held in self._held.values())
+                used = sum(held.open for held in self._held.values())
                 if (used + 2 * DESCRIPTORS) * 4 > descriptor_limit() * 3:
                     raise OSError(EMFILE, os.strerror(EMFILE))  # a daemon must be able to borrow all of them
-                for _ in range(3):
-                    opened += os.pipe()
-                opened += [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in _RECORDS]
+                terminal = _terminal(size, kept, given) if size else _pipes(kept, given)
+                kept += [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in _RECORDS]
             except OSError as error:
                 raise _PipeError(error.errno, error.strerror) from error
-            stdin, feed, stdout, out, stderr, err, *records = opened
-            pid, pidfd = spawn_followed(executable, argv, env, cwd, (stdin, out, err))
+            stdin, out, err = (given * 3)[:3]
+            pid, pidfd = spawn_followed(executable, argv, env, cwd, (stdin, out, err), terminal)
         except OSError:
-            for descriptor in opened:
-                os.close(descriptor)
+            for descriptor in (*kept, *given):
+                if descriptor >= 0:
+                    os.close(descriptor)
             raise
-        for descriptor in (stdin, out, err):
+        for descriptor in given:
             os.close(descriptor)
-        for descriptor in (feed, stdout, stderr):
-            os.set_blocking(descriptor, False)
-        return Held(pid, about, [pidfd, feed, stdout, stderr, *records])
+        return Held(pid, about, [pidfd, *kept])
 
     def _drop(self, handle: int) -> None:
         """Forgets a process; one that still runs is killed."""
         held = self._held.pop(handle)
-        for which in (STDIN, STDOUT, STDERR, *range(PIPES, DESCRIPTORS)):
+        for which in range(STDIN, DESCRIPTORS):
             held.close(which)
         if not held.reaped:
             held.kill()
@@ -270,6 +273,34 @@ class _PipeError(OSError):
     """There are no pipes for a child."""
 
 
+def _pipes(kept: list[int], given: list[int]) -> bytes:
+    """Opens the pipes of a child and puts the ends to keep and to give away into the lists, in their order."""
+    for keeps_reader in (False, True, True):
+        ends = os.pipe()
+        kept.append(ends[not keeps_reader])
+        given.append(ends[keeps_reader])
+        os.set_blocking(kept[-1], False)
+    kept += [-1] * (PIPES - 1 - len(kept))
+    return b""
+
+
+def _terminal(size: bytes, kept: list[int], given: list[int]) -> bytes:
+    """Opens a terminal instead, and returns its path."""
+    from sterna.remote.terminal import open_terminal  # what most holders never need
+
+    columns, rows = map(int, size.split())
+    path = open_terminal(columns, rows, kept)
+    given.append(kept.pop())
+    kept += [os.dup(kept[0]), -1]
+    for _ in range(2):
+        kept += os.pipe()
+    try:
+        os.splice(kept[0], kept[-1], 1, flags=os.SPLICE_F_NONBLOCK)  # which some kernels refuse
+    except BlockingIOError:
+        pass
+    return path
+
+
 def _identity(path: str) -> tuple[int, int]:
     try:
         status = os.lstat(path)
@@ -283,8 +314,10 @@ def main() -> None:
     listener = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGINT):  # ignored ones would stay so in children, as those of `nohup` shall
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     raise_descriptor_limit()
     listener.setblocking(False)
     Holder(listener, sys.argv[-1]).run()

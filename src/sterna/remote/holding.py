@@ -16,7 +16,7 @@ from sterna.limits import REMOTE_HOLDER_MESSAGE_MAX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-VERSION: Final = b"1"
+VERSION: Final = b"2"
 SUFFIX: Final = ".holder"  # of the socket's path
 
 # Requests. Those of the second line have no answer.
@@ -24,10 +24,11 @@ HELLO, START, STATUS = b"hello", b"start", b"status"
 CLOSE, REAP, DROP, END = b"close", b"reap", b"drop", b"end"
 OK, FAILED = b"ok", b"failed"
 
-# The descriptors that belong to a process, in their order. The first four are closed one by one, at last by REAP.
-PIDFD, STDIN, STDOUT, STDERR, RECORD_OUT, RECORD_ERR, INDEX, INPUT = range(8)
-PIPES: Final = 4
-DESCRIPTORS: Final = 8
+# The descriptors that belong to a process, in their order. The first eight are closed one by one, at last by REAP. A
+# terminal is both STDIN and STDOUT; what it prints and what is typed pass through pipes of which both ends are kept.
+PIDFD, STDIN, STDOUT, STDERR, OUT_READ, OUT_WRITE, IN_READ, IN_WRITE, RECORD_OUT, RECORD_ERR, INDEX, INPUT = range(12)
+PIPES: Final = 8
+DESCRIPTORS: Final = 12
 
 _U32: Final = struct.Struct("<I")
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid

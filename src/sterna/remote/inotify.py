@@ -28,10 +28,10 @@ class Inotify:
     def __init__(self) -> None:
         self.descriptor = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
-    def add(self, directory: int) -> int:
+    def add(self, directory: int, mask: int = _CHANGES) -> int:
         """Watches a directory given by a descriptor; returns the watch's number, the same for the same directory."""
         path = b"/proc/self/fd/%d" % directory
-        return _checked(_libc.inotify_add_watch(self.descriptor, path, ctypes.c_uint32(_CHANGES)))
+        return _checked(_libc.inotify_add_watch(self.descriptor, path, ctypes.c_uint32(mask)))
 
     def remove(self, watch: int) -> None:
         """Ends a watch, which may be over."""

@@ -234,7 +234,7 @@ class _Install:
                 remove(os.path.join(self._directory, name))
 
     def _prune(self) -> None:
-        """Removes all but the newest versions."""
+        """Removes all but the newest versions, of which the one just installed is one whatever times others have."""
         keep = self._flags.ints["cli-keep"]
         if keep <= 0:
             return
@@ -246,10 +246,9 @@ class _Install:
             except OSError:
                 continue
             if not stat.S_ISDIR(status.st_mode):
-                found.append((status.st_mtime_ns, path))
-        for _age, path in sorted(found, reverse=True)[keep:]:
-            if path != self._path:
-                remove(path)
+                found.append((name == self._version, status.st_mtime_ns, path))
+        for _own, _age, path in sorted(found, reverse=True)[keep:]:
+            remove(path)
 
 
 def _reader(source: int, path: str) -> Callable[[int], bytes]:

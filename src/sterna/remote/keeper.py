@@ -21,7 +21,7 @@ from sterna.limits import (
 from sterna.remote import holding
 from sterna.remote.child import PipeError
 from sterna.remote.directories import remove
-from sterna.remote.durable import About, DurableChild
+from sterna.remote.durable import About, DurableChild, DurablePtyChild
 from sterna.remote.failure import StartError
 from sterna.remote.gotext import bytes_of
 from sterna.remote.holding import HoldingError
@@ -88,7 +88,8 @@ class Session:
             raise PipeError(EMFILE, os.strerror(EMFILE))
         descriptors = iter(came)
         lent = [next(descriptors) if flag == ord("1") else -1 for flag in is_open]
-        return DurableChild(self, int(handle), int(pid), msgspec.json.decode(about, type=About), lent)
+        known = msgspec.json.decode(about, type=About)
+        return (DurablePtyChild if known.terminal else DurableChild)(self, int(handle), int(pid), known, lent)
 
     def start(self, items: Sequence[bytes]) -> DurableChild:
         """Has a child started. Raises `PipeError`, `OSError` as `Child.start`."""
@@ -198,14 +199,19 @@ class Keeper:
         cwd: bytes,
         process_id: str,
         command: str,
+        size: tuple[int, int] | None,
     ) -> DurableChild:
-        """Starts a child that is known by an id and a command. Raises `PipeError`, `OSError` as `Child.start`."""
+        """Starts a child that is known by an id and a command, with a terminal of a size or with pipes.
+
+        Raises `PipeError`, `OSError` as `Child.start`.
+        """
         if self._session is None or self._session.lost:
             self._attend(self._connect()[0])
         assert self._session is not None
-        about = msgspec.json.encode(About(process_id, command, time.time()))
+        about = msgspec.json.encode(About(process_id, command, time.time(), size is not None))
+        wanted = b"" if size is None else b"%d %d" % size
         count = str(len(argv)).encode()
-        return self._session.start([holding.START, executable, _absolute(cwd), about, count, *argv, *env])
+        return self._session.start([holding.START, executable, _absolute(cwd), about, wanted, count, *argv, *env])
 
     def end(self) -> None:
         """Ends the holder with everything that it has."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import heapq
 import os
 import select
+import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Final
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
 
+_RINGS = 65_536
+_TURN_EVENTS = 64  # whoever is left out is among the first of the next turn
 _TURN_READS = 4  # of all pipes together in one turn, so that requests never wait for long
 
 
@@ -47,7 +50,7 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = count()
         self._posted: deque[Callable[[], None]] = deque()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell, self._button = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._running = True
         self.watch(self._bell, READ, self._rung)
 
@@ -79,7 +82,16 @@ class Loop:
     def post(self, callback: Callable[[], None]) -> None:
         """Calls `callback` in the loop's own thread, soon."""
         self._posted.append(callback)
-        os.eventfd_write(self._bell, 1)
+        try:
+            os.write(self._button, b"\0")
+        except BlockingIOError:
+            pass  # it rings already
+
+    def when_signalled(self, numbers: Iterable[int], callback: Callable[[], None]) -> None:
+        """Calls `callback` in the loop for each of these signals. Only for the main thread."""
+        signal.set_wakeup_fd(self._button, warn_on_full_buffer=False)  # one may come right before `poll` begins to wait
+        for number in numbers:
+            signal.signal(number, lambda *_: self.post(callback))
 
     def stop(self) -> None:
         """Ends `run` after what it does at the moment."""
@@ -90,7 +102,7 @@ class Loop:
         poll, served, bulk = self._epoll.poll, self._served, self._bulk
         descriptor = -1
         while self._running:
-            events = poll(self._wait())
+            events = poll(self._wait(), _TURN_EVENTS)
             pipes = []
             try:
                 for descriptor, mask in events:
@@ -126,7 +138,7 @@ class Loop:
 
     def _rung(self, _events: int) -> None:
         try:
-            os.eventfd_read(self._bell)
+            os.read(self._bell, _RINGS)
         except BlockingIOError:
             pass
         for _ in range(len(self._posted)):

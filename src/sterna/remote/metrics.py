@@ -9,11 +9,14 @@ from sterna.limits import REMOTE_METRICS_REQUEST_MAX_BYTES, REMOTE_METRICS_SECON
 from sterna.remote.loop import READ, WRITE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sterna.remote.log import Log
     from sterna.remote.loop import Loop
 
 _TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _RETRY_SECONDS: Final = 0.1
+_REQUESTS_MAX: Final = 32  # open at once; the oldest one makes room
 _TEXTS: Final = {
     "connections": "Client connections accepted.",
     "process_spawns": "Processes started.",
@@ -48,6 +51,7 @@ class MetricsServer:
     def __init__(self, loop: Loop, metrics: Metrics, log: Log) -> None:
         self._loop, self._metrics, self._log = loop, metrics, log
         self._listener: socket.socket | None = None
+        self._requests: dict[_Request, None] = {}  # the oldest one first
 
     def listen(self, address: str) -> None:
         """Opens the listener at `HOST:PORT`; a failure costs a line in the log and nothing else."""
@@ -82,7 +86,9 @@ class MetricsServer:
             self._loop.forget(self._listener.fileno())
             self._loop.later(_RETRY_SECONDS, self._accept_again)
             return
-        _Request(self._loop, sock, self._metrics)
+        if len(self._requests) >= _REQUESTS_MAX:
+            next(iter(self._requests)).close()
+        self._requests[_Request(self._loop, sock, self._metrics, self._requests.pop)] = None
 
     def _accept_again(self) -> None:
         if self._listener is not None:
@@ -92,11 +98,11 @@ class MetricsServer:
 class _Request:
     """One HTTP connection: a request head in, one answer out."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, metrics: Metrics) -> None:
-        self._loop, self._socket, self._metrics = loop, sock, metrics
+    def __init__(self, loop: Loop, sock: socket.socket, metrics: Metrics, closed: Callable[[_Request], object]) -> None:
+        self._loop, self._socket, self._metrics, self._closed = loop, sock, metrics, closed
         self._head, self._answer = b"", b""
         sock.setblocking(False)
-        self._timer = loop.later(REMOTE_METRICS_SECONDS, self._close)
+        self._timer = loop.later(REMOTE_METRICS_SECONDS, self.close)
         loop.watch(sock.fileno(), READ, self._ready)
 
     def _ready(self, events: int) -> None:
@@ -109,16 +115,16 @@ class _Request:
             return
         except OSError:
             self._answer = b""
-            self._close()
+            self.close()
             return
         if not self._answer and b"\r\n\r\n" in self._head:
-            self._close()
+            self.close()
 
     def _read(self) -> None:
         data = self._socket.recv(REMOTE_METRICS_REQUEST_MAX_BYTES)
         self._head += data
         if not data or len(self._head) > REMOTE_METRICS_REQUEST_MAX_BYTES:
-            self._close()
+            self.close()
         elif b"\r\n\r\n" in self._head:
             words = self._head.split(b"\r\n", 1)[0].split(b" ")
             path = words[1].partition(b"?")[0] if len(words) == 3 else b""
@@ -133,8 +139,10 @@ class _Request:
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close"
         return f"{head}\r\n\r\n{body}".encode()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Ends the connection; doing it again does nothing."""
         if self._socket.fileno() >= 0:
             self._timer.cancel()
             self._loop.forget(self._socket.fileno())
             self._socket.close()
+            self._closed(self)

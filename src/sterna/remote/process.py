@@ -66,14 +66,14 @@ class Process:
         self.command = command
         self.running = True
         self.applied = 0
-        self.exit_waiters: list[Callable[[], None]] = []
+        self.exit_waiters: dict[Callable[[], None], None] = {}  # in their order; each counts once
         self._open = {stream for stream in (STDOUT, STDERR) if child.output(stream) >= 0}
         self._paused = False
         self._full_reads = [0, 0]
         self._drain: Timer | None = None
         self._stdin_queue: deque[bytes | memoryview] = deque()
         self._stdin_bytes = 0
-        self._stdin_blocked: deque[Callable[[], None]] = deque()
+        self._stdin_blocked: dict[Callable[[], None], None] = {}
         self._stdin_dead = self._watched_stdin = self.stdin_closed = False
 
     def begin(self) -> None:
@@ -229,7 +229,11 @@ class Process:
 
     def when_taking(self, callback: Callable[[], None]) -> None:
         """Calls back once, when the queue has shrunk or the process has ended."""
-        self._stdin_blocked.append(callback)
+        self._stdin_blocked[callback] = None
+
+    def stop_waiting(self, callback: Callable[[], None]) -> None:
+        """Forgets what `when_taking` was given."""
+        self._stdin_blocked.pop(callback, None)
 
     def feed(self, data: bytes) -> None:
         """Queues input; what comes after the child closed its input is dropped."""
@@ -278,8 +282,9 @@ class Process:
         self._stdin_bytes = 0
 
     def _unblock_stdin(self) -> None:
-        for _ in range(len(self._stdin_blocked)):
-            self._stdin_blocked.popleft()()
+        blocked, self._stdin_blocked = self._stdin_blocked, {}
+        for callback in blocked:
+            callback()
 
     # ------------------------------------------------------------------------------------------------------------ end
 
@@ -327,7 +332,7 @@ class Process:
         if self.watchers:
             show(self.watchers, self.replay, EXIT, seq, code)
         self._ended(self)
-        waiters, self.exit_waiters = self.exit_waiters, []
+        waiters, self.exit_waiters = self.exit_waiters, {}
         for waiter in waiters:
             waiter()
         if self._watched_stdin:

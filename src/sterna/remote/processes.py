@@ -15,11 +15,12 @@ from sterna.limits import (
     REMOTE_RETENTION_SECONDS,
     REMOTE_SWEEP_SECONDS,
 )
-from sterna.remote.calls import BAD_PARAMS, FAILED, STDIN_GAP, SUCCESS, CallError
+from sterna.remote.calls import BAD_PARAMS, FAILED, NO_PARAMS, STDIN_GAP, SUCCESS, CallError
 from sterna.remote.child import Child, PipeError
 from sterna.remote.environment import check_directory, child_environment, find_command, search_path
 from sterna.remote.fields import TEXT, Flag, Integer, Kind, TextMap, Texts
 from sterna.remote.gotext import bytes_of, errno_text, expand
+from sterna.remote.log import clipped
 from sterna.remote.process import Process
 from sterna.remote.spawn import trim_memory
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sterna.remote.calls import Call, Params, Result
+    from sterna.remote.connection import Connection
     from sterna.remote.keeper import Keeper
     from sterna.remote.log import Log
     from sterna.remote.loginpath import LoginPath
@@ -112,8 +114,9 @@ class Processes:
         process = Process(self._loop, self._metrics, process_id, child, self._ended, command)
         self._replace(process)
         self._metrics.process_spawns += 1
-        self._log.info(f"[process.Manager] Process {process_id} started, PID={child.pid}, command={command}")
-        self._log.debug(f"[process.Manager] Starting stdout streaming for process {process_id}")
+        shown = clipped(process_id)
+        self._log.info(f"[process.Manager] Process {shown} started, PID={child.pid}, command={clipped(command)}")
+        self._log.debug(f"[process.Manager] Starting stdout streaming for process {shown}")
         process.subscribe(call.connection)
         process.begin()
         return SUCCESS | self._identity(process, call)
@@ -132,12 +135,13 @@ class Processes:
             path = find_command(command, self._path)
             entries = child_environment(self._environment, self._login_path.value, extra)
             argv = [bytes_of(word) for word in (command, *call.params.texts("args"))]
+            if self._keeper is not None:
+                process_id = call.params.text("id")
+                return self._keeper.start(bytes_of(path), argv, entries, bytes_of(cwd), process_id, command, size)
             if size is not None:
                 from sterna.remote.ptychild import PtyChild
 
                 return PtyChild.open(bytes_of(path), argv, entries, bytes_of(cwd), size)
-            if self._keeper is not None:
-                return self._keeper.start(bytes_of(path), argv, entries, bytes_of(cwd), call.params.text("id"), command)
             return Child.start(bytes_of(path), argv, entries, bytes_of(cwd))
         except (LookupError, ValueError) as error:
             raise CallError(FAILED, str(error)) from error
@@ -161,7 +165,7 @@ class Processes:
     def _ended(self, process: Process) -> None:
         self._replaced.discard(process)
         self._metrics.process_exits += 1
-        self._log.info(f"[process.Manager] Process {process.id} exited with code {process.child.exit_code}")
+        self._log.info(f"[process.Manager] Process {clipped(process.id)} exited with code {process.child.exit_code}")
 
     @staticmethod
     def _identity(process: Process, call: Call) -> Result:
@@ -255,7 +259,7 @@ class Processes:
             process.unwatch_all()
             process.child.forget()
             del self._known[process.id]
-            self._log.info(f"[process.Manager] Pruned exited process {process.id}")
+            self._log.info(f"[process.Manager] Pruned exited process {clipped(process.id)}")
         if old:
             trim_memory()
 
@@ -293,6 +297,7 @@ class _Feeding:
 
     def __init__(self, known: Mapping[str, Process], call: Call) -> None:
         self._known, self._call = known, call
+        self._data = b""
         self._process: Process | None = None
 
     def admit(self) -> bool:
@@ -305,11 +310,22 @@ class _Feeding:
         if result is None:
             assert self._process is not None
             self._process.when_taking(self._retry)
+            self._call.connection.processes.add(self)
             return False
         self._call.succeed(result)
         return True
 
+    def resume(self) -> None:
+        """The client has caught up; input does not wait for that."""
+
+    def detach(self, connection: Connection) -> None:
+        """The client is gone, and what it wanted to say with it."""
+        connection.processes.discard(self)
+        if self._process is not None:
+            self._process.stop_waiting(self._retry)
+
     def _retry(self) -> None:
+        self._call.connection.processes.discard(self)
         waiting = self._call.connection.stdin
         while waiting and waiting[0]():
             waiting.popleft()
@@ -344,16 +360,19 @@ class _Killing:
 
     def __init__(self, loop: Loop, process: Process, call: Call) -> None:
         self._loop, self._process, self._call = loop, process, call
+        self._signal = signal_of(call.params.text("signal"))
         self._escalate = call.params.flag("escalate")
-        self._escalated = self._answered = False
+        self._escalated = False
         wait = call.params.number("timeoutMs")
         self._seconds = (min(wait, REMOTE_KILL_WAIT_MAX_MS) if wait > 0 else REMOTE_KILL_WAIT_MS) / 1000
 
     def begin(self) -> None:
         """Sends the signal."""
-        self._process.exit_waiters.append(self._exited)
+        self._call.params = NO_PARAMS
+        self._call.connection.processes.add(self)
+        self._process.exit_waiters[self._exited] = None
         self._timer = self._loop.later(self._seconds, self._late)
-        process, number = self._process, signal_of(self._call.params.text("signal"))
+        process, number = self._process, self._signal
         if process.child.look():
             return  # only its outputs are still open
         if number == signal.SIGKILL:
@@ -364,9 +383,8 @@ class _Killing:
     def _exited(self) -> None:
         if self._escalate:
             self._process.child.kill_group()  # what its children left behind
-        if not self._answered:
-            self._timer.cancel()
-            self._answer(died=True)
+        self._timer.cancel()
+        self._answer(died=True)
 
     def _late(self) -> None:
         if self._escalate and not self._escalated:
@@ -378,8 +396,19 @@ class _Killing:
             self._answer(died=False)
 
     def _answer(self, *, died: bool) -> None:
-        self._answered = True
+        waiters = self._process.exit_waiters
+        if waiters.pop(self._exited, 0) is None and self._escalate:
+            waiters[self._process.child.kill_group] = None  # as `_exited` does, and holds no request
+        self._call.connection.processes.discard(self)
         result: Result = {"found": True, "died": died}
         if self._escalated:
             result["escalated"] = True
         self._call.succeed(result)
+
+    def resume(self) -> None:
+        """The client has caught up; an end does not wait for that."""
+
+    def detach(self, connection: Connection) -> None:
+        """The client is gone: what it asked for is done, and nobody is told."""
+        connection.processes.discard(self)
+        self._call.id_text = "null"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
-import termios
 from typing import TYPE_CHECKING
 
 from sterna.remote.child import STDERR, Child, PipeError
 from sterna.remote.spawn import spawn_followed
+from sterna.remote.terminal import open_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +17,7 @@ class PtyChild(Child):
     """A child whose session has a controlling terminal; all it prints comes as STDOUT, and there is no STDERR."""
 
     __slots__ = ()
+    has_terminal = True
 
     @classmethod
     def open(
@@ -32,11 +31,9 @@ class PtyChild(Child):
         opened: list[int] = []
         try:
             try:
-                opened += os.openpty()
+                terminal = open_terminal(*size, opened)
                 master, slave = opened
                 opened.append(os.dup(master))  # one descriptor cannot be watched for reading and for writing apart
-                _set_size(master, *size)
-                terminal = os.ttyname(slave).encode()
             except OSError as error:
                 raise PipeError(error.errno, error.strerror) from error
             pid, pidfd = spawn_followed(executable, argv, env, cwd, (slave, slave, slave), terminal)
@@ -45,17 +42,8 @@ class PtyChild(Child):
                 os.close(descriptor)
             raise
         os.close(slave)
-        os.set_blocking(master, False)
         return cls(pid, pidfd, opened[2], master, -1)
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Sets the terminal's size; what runs in its foreground is told by SIGWINCH. Raises `OSError`."""
-        _set_size(self.stdin, columns, rows)
 
     def read(self, stream: int) -> bytes | None:
         """Returns what one read of the terminal gives, empty once nobody holds it open any more."""
         return b"" if stream == STDERR else super().read(stream)
-
-
-def _set_size(descriptor: int, columns: int, rows: int) -> None:
-    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -118,13 +119,15 @@ def _found(path: str) -> str | None:
             reply = b""
     if b'"pong":true' not in reply:
         raise UsageError(
-            f"A daemon listens at {path}, but it does not take the token beside it: stop it with `sterna-remote -stop`."
+            f"A daemon listens at {path}, but it does not take the token beside it: end it (SIGTERM), then try again."
         )
     return token
 
 
 def _start(path: str, token: str) -> None:
     words = [sys.executable, "-m", "sterna.remote", "-serve", "-extensions", "-socket", path, "-token-fd", "0"]
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY:  # else the processes last as long as it
+        words.append("-durable")
     env = {name: value for name, value in os.environ.items() if name not in _OF_THE_LOGIN}
     try:
         done = subprocess.run(
@@ -136,4 +139,4 @@ def _start(path: str, token: str) -> None:
         raise UsageError(f"The daemon does not start: see {LOG_NAME} beside {path}.") from None
     if done.returncode:
         said = done.stdout.decode("utf-8", "replace").strip()
-        raise UsageError(f"The daemon does not start ({said}): see {LOG_NAME} beside {path}.")
+        raise UsageError(f"The daemon does not start: {said}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from binascii import b2a_base64
 from collections import deque
 from itertools import count, islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from sterna.limits import REMOTE_REPLAY_BYTES
 from sterna.remote.wire import encode_text
@@ -13,10 +13,19 @@ from sterna.remote.wire import encode_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+T = TypeVar("T")
+
 EXIT: Final = 2  # after child.STDOUT and child.STDERR
 _NAMES: Final = ("stdout", "stderr", "exit")
 _NEAR_END: Final = 8
 _DATA, _CODE = b',"data":"', b',"exitCode":'
+
+
+def _end_of(items: deque[T], wanted: int) -> list[T]:
+    """Returns the last items; what is not wanted is not walked over, as a deque is quick at both ends only."""
+    done = list(islice(reversed(items), wanted))
+    done.reverse()
+    return done
 
 
 class Replay:
@@ -68,7 +77,7 @@ class Replay:
     def after(self, seq: int) -> Iterator[bytes]:
         """Returns the lines of all frames recorded by now with a number above `seq`, made as they are taken."""
         skip = min(max(0, seq + 1 - self.first), len(self._chunks))
-        kinds, chunks = list(islice(self._kinds, skip, None)), list(islice(self._chunks, skip, None))
+        kinds, chunks = (_end_of(frames, len(frames) - skip) for frames in (self._kinds, self._chunks))
         return map(self.line, kinds, count(self.first + skip), chunks)
 
     def lines_from(self, seq: int) -> Iterator[tuple[int, bytes]]:

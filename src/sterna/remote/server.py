@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sterna.remote.log import Log
     from sterna.remote.loop import Loop
     from sterna.remote.metrics import Metrics
+    from sterna.remote.socketkeeper import SocketKeeper
 
 _ACCEPTS: Final = 16  # in one turn
 _RETRY_SECONDS: Final = 0.1  # after the descriptors ran out
@@ -47,6 +48,7 @@ class Server:
             from sterna.remote.strict import LingeringConnection, may_connect, peer_user
 
             self._connection, self._may_connect, self._peer_user = LingeringConnection, may_connect, peer_user
+        self._keeper: SocketKeeper | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connections: set[Connection] = set()
         self._budget = Budget()
@@ -68,6 +70,10 @@ class Server:
         self._listener.setblocking(False)
         os.chmod(bytes_of(path), 0o600)
         self._loop.watch(self._listener.fileno(), READ, self._accept)
+        if self._may_connect is not None:
+            from sterna.remote.socketkeeper import SocketKeeper
+
+            self._keeper = SocketKeeper(self._loop, self._log, path)
 
     def _accept(self, _events: int) -> None:
         for _ in range(_ACCEPTS):
@@ -98,12 +104,16 @@ class Server:
 
     def _gone(self, connection: Connection, reason: str) -> None:
         self._connections.discard(connection)
+        if connection.problem:
+            self._log.warn(f"[frameSink] write failed, detaching: {connection.problem}")
         if reason:
             self._log.warn(f"[Server] scanner error on @: {reason}")
         self._log.info("[Server] Connection closed: @")
 
     def close_listener(self) -> None:
         """Accepts nobody any more."""
+        if self._keeper is not None:
+            self._keeper.close()
         if self._listener.fileno() >= 0:
             self._loop.forget(self._listener.fileno())
             self._listener.close()

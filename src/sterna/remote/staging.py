@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-from errno import EINVAL, ENOSYS, ENOTSUP
+import re
+from errno import EBUSY, EEXIST, EINVAL, ENOSYS, ENOTDIR, ENOTEMPTY, ENOTSUP
 from typing import Final
 
 from sterna.remote.directories import make_directories
@@ -15,6 +16,7 @@ from sterna.remote.removal import RemovalError, remove_all
 _AT_FDCWD: Final = -100
 _EXCHANGE: Final = 2  # <linux/fs.h>, RENAME_EXCHANGE
 _MARK: Final = ".staged-"
+_ATTEMPTS: Final = 100
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -32,10 +34,12 @@ class Staging:
         make_directories(parent or "/")
         prefix = f".{text_of(bytes_of(name)[:200])}{_MARK}"
         _sweep(parent or "/", prefix)
-        self.path = f"{parent}/{prefix}{os.urandom(8).hex()}"
-        os.mkdir(bytes_of(self.path), 0o700)
-        self._lock = os.open(bytes_of(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        for _ in range(_ATTEMPTS):
+            self.path = f"{parent}/{prefix}{os.urandom(8).hex()}"
+            self._lock = _locked(bytes_of(self.path))
+            if self._lock >= 0:
+                return
+        raise OSError(EBUSY, os.strerror(EBUSY))
 
     def swap(self) -> None:
         """Puts the directory at its place and deletes what was there. Raises `OSError`; then the old one is there."""
@@ -48,8 +52,9 @@ class Staging:
                 try:
                     os.rename(staged, place)
                     break
-                except (NotADirectoryError, FileExistsError):
-                    continue  # somebody has put something there this very moment
+                except OSError as error:
+                    if error.errno not in {ENOTDIR, EEXIST, ENOTEMPTY}:
+                        raise  # else somebody has put something there this very moment
             except OSError as error:
                 if error.errno not in {EINVAL, ENOSYS, ENOTSUP}:
                     raise
@@ -63,7 +68,28 @@ class Staging:
             remove_all(self.path)
         except RemovalError:
             pass  # the next extraction tries again
-        os.close(self._lock)
+        finally:
+            os.close(self._lock)
+
+
+def _locked(path: bytes) -> int:
+    """Makes a directory; returns its locked descriptor, -1 when another extraction swept it away before that."""
+    os.mkdir(path, 0o700)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return -1
+    except OSError:
+        os.rmdir(path)
+        raise
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # once it is held nobody else removes it
+    try:
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return -1
 
 
 def _exchange(one: bytes, other: bytes) -> None:
@@ -88,8 +114,13 @@ def _move_aside(staged: bytes, place: bytes) -> None:
 
 def _sweep(parent: str, prefix: str) -> None:
     """Deletes what extractions into the same place left behind when their daemon was killed."""
-    for raw in os.listdir(bytes_of(parent)):
-        if not raw.startswith(bytes_of(prefix)):
+    own = re.compile(re.escape(bytes_of(prefix)) + rb"[0-9a-f]{16}")
+    try:
+        names = os.listdir(bytes_of(parent))
+    except OSError:
+        return  # one may make directories there without seeing others
+    for raw in names:
+        if not own.fullmatch(raw):
             continue
         path = os.path.join(bytes_of(parent), raw)
         try:

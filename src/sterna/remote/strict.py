@@ -60,6 +60,12 @@ class LingeringConnection(Connection):
         self._ended = True
         self.flush()
 
+    def _lost(self) -> None:
+        if self._ended:
+            self.close()
+        else:
+            super()._lost()
+
     def _set_mask(self) -> None:
         if not self._ended:
             super()._set_mask()
@@ -163,4 +169,4 @@ def _clear(path: str) -> None:
 
 
 def _taken(path: str, who: str) -> str:
-    return f"a daemon{who} already serves {path}; stop it with -stop -strict or choose another -socket"
+    return f"a daemon{who} already serves {path}; stop it with -stop -strict or choose a -socket in another directory"

@@ -14,10 +14,13 @@ REGULAR: Final = "0"
 DIRECTORY: Final = "5"
 
 _BLOCK = 512
+_SIZE_MAX_DIGITS = 18
 _ZERO: Final = b"\0" * _BLOCK
 _SPECIAL_MAX_BYTES = 1024 * 1024  # of a PAX header or a long name
+_EXTRA_HEADERS_MAX = 16  # before one entry; writers put two there at the most
 _HEADER_ONLY: Final = frozenset("123456")  # links, devices, directories and pipes have no data
-_PAX_RECORD: Final = re.compile(rb"([0-9]+) ")
+_PAX_RECORD: Final = re.compile(rb"([0-9]{1,9}) ")
+_SPARSE: Final = b"GNU.sparse."
 
 
 class TarError(SternaError):
@@ -50,7 +53,7 @@ class TarReader:
         """Returns the next entry, None at the end. Raises `TarError` and `GzipError`."""
         records: dict[bytes, bytes] = {}
         long_name = b""
-        while True:
+        for _ in range(_EXTRA_HEADERS_MAX + 1):
             self._skip()
             block = self._block()
             if block is None:
@@ -68,19 +71,20 @@ class TarReader:
             else:
                 self._merge(entry, records, long_name)
                 return entry
+        raise TarError
 
     def _merge(self, entry: Entry, records: dict[bytes, bytes], long_name: bytes) -> None:
         if records.get(b"path"):
             entry.name = text_of(records[b"path"])
         if records.get(b"size"):
-            if not records[b"size"].isdigit():
+            if not records[b"size"].isdigit() or len(records[b"size"]) > _SIZE_MAX_DIGITS:
                 raise TarError
             entry.size = int(records[b"size"])
         if long_name:
             entry.name = text_of(long_name)
         if entry.kind == "\0":
             entry.kind = DIRECTORY if entry.name.endswith("/") else REGULAR
-        if any(name.startswith(b"GNU.sparse.") for name in records):
+        if any(name.startswith(_SPARSE) for name in records):
             entry.kind = "S"  # unpacked as it stands it would be wrong
         self._begin(entry)
 
@@ -173,15 +177,18 @@ def _number(field: bytes) -> int:
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """Returns the records that count here. Raises `TarError`."""
     records = {}
-    while data:
-        match = _PAX_RECORD.match(data)
-        size = int(match[1]) if match and len(match[1]) < 10 else 0
-        if match is None or size <= match.end() or size > len(data) or data[size - 1 : size] != b"\n":
+    start = 0
+    while start < len(data):
+        match = _PAX_RECORD.match(data, start)
+        end = start + int(match[1]) if match else 0
+        if match is None or end <= match.end() or end > len(data) or data[end - 1] != 0x0A:
             raise TarError
-        key, equals, value = data[match.end() : size - 1].partition(b"=")
+        key, equals, value = data[match.end() : end - 1].partition(b"=")
         if not equals or not key or b"\0" in key:
             raise TarError
-        records[key] = value
-        data = data[size:]
+        if key in {b"path", b"size"} or key.startswith(_SPARSE):
+            records[key] = value
+        start = end
     return records

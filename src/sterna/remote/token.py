@@ -26,14 +26,19 @@ def read_descriptor(descriptor: int) -> bytes:
     return token
 
 
-def read_file(path: str) -> tuple[bytes, str]:
-    """Returns the content of a file that is then deleted, and what went wrong with that. Raises `StartError`."""
+def content(path: str) -> bytes:
+    """Returns what stands in a token's file. Raises `StartError`."""
     try:
         with open(path, "rb") as file:
-            token = file.read(REMOTE_TOKEN_MAX_BYTES + 1)
+            return file.read(REMOTE_TOKEN_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         operation = "read" if isinstance(error, IsADirectoryError) else "open"
         raise StartError(f"read --token-file: {failure(operation, path, error)}") from error
+
+
+def read_file(path: str) -> tuple[bytes, str]:
+    """Returns the content of a file that is then deleted, and what went wrong with that. Raises `StartError`."""
+    token = content(path)
     try:
         os.unlink(path)
     except OSError as error:

@@ -34,6 +34,15 @@ class Workers:
                     raise
         self._jobs.put(job)
 
+    def alike(self) -> Workers:
+        """Returns others of the same kind."""
+        return Workers(self._post, self._most)
+
+    @property
+    def all_busy(self) -> bool:
+        """Whether another job would have to wait."""
+        return self._busy >= self._most
+
     def _work(self) -> None:
         while True:
             after = self._jobs.get()()
