@@ -119,7 +119,7 @@ def test_a_while_without_any_address_costs_nothing_but_that_while(rig: QuicRig) 
 
 
 def test_a_client_that_moves_goes_over_to_quic(rig: QuicRig) -> None:
-    """The first change is got over by TCP, which QUIC follows; the second one by a migration; the next program begins over TCP."""
+    """TCP gets over the first change, and QUIC follows; the second is a migration; another program begins over TCP."""
     (rig.state / "client" / WAYS_FILE).unlink(missing_ok=True)
     with start(rig, 6.0, 0) as client:
         assert client.stdout is not None

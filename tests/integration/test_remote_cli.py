@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sterna.remote import Client
+from sterna.remote import Client, rendezvous
+from sterna.remote.clientwire import read_token
 from sterna.remote.dispatch import METHODS
 from tests.integration.remote_rig import TOKEN, Daemon
 
@@ -144,6 +145,22 @@ def test_a_daemon_that_runs_is_used_and_one_without_its_token_is_not(tmp_path: P
         answer, _, status = meet(tmp_path, socket=daemon.path)
         assert "does not take the token beside it: end it" in answer["error"]
         assert status == 1
+
+
+def test_a_token_that_comes_a_moment_after_its_daemon_listens_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[str] = []
+
+    def read(path: str) -> str:
+        times.append(path)
+        if len(times) < 3:
+            raise FileNotFoundError
+        return read_token(path)
+
+    monkeypatch.setattr(rendezvous, "read_token", read)
+    with Daemon(tmp_path) as daemon:
+        assert rendezvous._found(daemon.path) == TOKEN
 
 
 @pytest.mark.parametrize("line", [b"", b"{}\n", b"no json\n", b"x" * 70_000])

@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from typing import NoReturn
 
 import msgspec
@@ -22,6 +23,7 @@ from sterna.remote.launcher import LOG_NAME
 PREFIX = b"STERNA-"
 MARK = b"REMOTE "
 _LOCK = "attach.lock"
+_TOKEN_SECONDS, _POLL_SECONDS = 1.0, 0.05
 # Variables that mean this ssh login, which ends; the daemon lives longer.
 _OF_THE_LOGIN = frozenset(
     {
@@ -103,25 +105,38 @@ def token_of(path: str, token: str) -> str:
 
 
 def _found(path: str) -> str | None:
-    """Returns the token of a daemon that answers, None if there is no daemon. Raises `SternaError`."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(REMOTE_MEETING_SECONDS)
-        try:
-            probe.connect(path)
-        except OSError:
-            return None
-        token = ""
-        try:
-            token = read_token(path)
-            probe.sendall(encode_request(1, "server.ping", {}, token))
-            reply = probe.makefile("rb").readline(REMOTE_MEETING_LINE_MAX_BYTES)
-        except OSError:
-            reply = b""
-    if b'"pong":true' not in reply:
-        raise UsageError(
-            f"A daemon listens at {path}, but it does not take the token beside it: end it (SIGTERM), then try again."
-        )
-    return token
+    """Returns the token of a daemon that answers, None if there is no daemon. Raises `SternaError`.
+
+    A daemon listens a moment before its token lies there.
+    """
+    deadline = time.monotonic() + _TOKEN_SECONDS
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(REMOTE_MEETING_SECONDS)
+            try:
+                probe.connect(path)
+            except OSError:
+                return None
+            token = _accepted(probe, path)
+        if token is not None:
+            return token
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"A daemon listens at {path}, but it does not take the token beside it: end it (SIGTERM), then try "
+                "again."
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _accepted(probe: socket.socket, path: str) -> str | None:
+    """Returns the token that lies beside the socket, if the daemon takes it."""
+    try:
+        token = read_token(path)
+        probe.sendall(encode_request(1, "server.ping", {}, token))
+        reply = probe.makefile("rb").readline(REMOTE_MEETING_LINE_MAX_BYTES)
+    except OSError:
+        return None
+    return token if b'"pong":true' in reply else None
 
 
 def _start(path: str, token: str) -> None:
