@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import stat
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # A slow machine is no failure (pytest-timeout bounds the whole test); the blob reproduces a failing example anywhere.
 hypothesis.settings.register_profile("sterna", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("sterna")
+
+# Who runs the tests may ignore it (nohup), and programs under test would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
