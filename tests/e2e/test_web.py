@@ -682,6 +682,10 @@ def test_control_a_client_that_takes_bytes_twice_is_caught() -> None:
     assert client.digest.hexdigest() != digest
 
 
+def connected(client: Duplex, times: int) -> bool:
+    return client.connections >= times
+
+
 @pytest.mark.timeout(150)
 def test_a_killed_node_goes_on_exactly_where_it_was() -> None:
     seed, size = new_seed(), size_of(12)
@@ -692,6 +696,8 @@ def test_a_killed_node_goes_on_exactly_where_it_was() -> None:
         for part in range(1, 5):
             goal = part * size // 6 + rng.randrange(size // 20)
             wait_for(functools.partial(client.reached, goal), 40, name=f"{goal} bytes")
+            # What it has may have come before the last kill.
+            wait_for(functools.partial(connected, client, part), name="its next connection")
             web.rig.kill_node()
             web.rig.start_node("--web-port", str(web.port))
         client.join(60)
