@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("sterna", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("sterna")
 
-# Who runs the tests may ignore it (nohup), and programs under test would inherit that.
+# Who runs the tests may ignore them (nohup; a shell's `&`), and programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
