@@ -47,10 +47,10 @@ class Tty:
     def read(self) -> bytes | None:
         return self.typed.popleft() if self.typed else None
 
-    def write(self, data: bytes) -> int:
-        count = min(len(data), self.room)
+    def write(self, data: bytes, start: int = 0) -> int:
+        count = min(len(data) - start, self.room)
         self.room -= count
-        self.shown += data[:count]
+        self.shown += data[start : start + count]
         return count
 
 
@@ -74,6 +74,7 @@ def attached() -> tuple[Any, Machine, Tty, Driver]:
     run._machine, run._terminal, run._driver, run._options = machine, tty, driver, AttachOptions()
     run._escape, run._filter = EscapeKeys(False, "~"), QueryFilter(LIVE)
     run._watching, run._typed, run._queue, run._left = False, b"", deque(), ""
+    run._begun, run._draining = 0, False
     run._typist, run._notifier, run._painted, run._tail = True, None, True, OutputTail()
     run._status = StatusLine("n", run._tail, tty.modes, None)
     driver.watch(tty.in_fd, 0, None)

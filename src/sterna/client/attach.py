@@ -75,6 +75,8 @@ class Attach:
             endpoint.name, self._tail, terminal.modes, options.make_screen, color="NO_COLOR" not in os.environ
         )
         self._queue: deque[tuple[bytes, int]] = deque()  # what the terminal has not taken, and the position after it
+        self._begun = 0  # how much of the first of it the terminal has taken
+        self._draining = False
         self._typed = b""  # what the window has not taken
         self._notifier = Notifier("", os.environ) if options.notify else None
         self._bells = BellFinder()
@@ -184,26 +186,34 @@ class Attach:
             self._queue.append((data, -1))
             self._flush(0)
 
-    def _flush(self, _events: int) -> None:
-        """Gives the terminal what it takes; what it took of the session's output is handled."""
+    def _flush(self, _events: int) -> bool:
+        """Gives the terminal what it takes; what it took of the session's output is handled.
+
+        Returns whether the machine heard of it.
+        """
         queue, terminal = self._queue, self._terminal
         handled = -1
         while queue:
             data, end = queue[0]
-            before = terminal.modes.replay
-            written = terminal.write(data) if data else 0
+            start, before = self._begun, terminal.modes.replay
+            written = terminal.write(data, start) if data else 0
             if end >= 0 and written:
-                self._tail.append(data[:written] if written < len(data) else data, before)
-            if written < len(data):
-                queue[0] = (data[written:], end)
-                self._driver.watch(terminal.out_fd, _OUT, self._flush)
+                self._tail.append(data if written == len(data) else data[start : start + written], before)
+            if start + written < len(data):
+                self._begun += written
                 break
             queue.popleft()
+            self._begun = 0
             handled = max(handled, end)
-        else:
-            self._driver.unwatch(terminal.out_fd)
+        if self._draining is not bool(queue):
+            self._draining = bool(queue)
+            if queue:
+                self._driver.watch(terminal.out_fd, _OUT, self._flush)
+            else:
+                self._driver.unwatch(terminal.out_fd)
         if handled >= 0:
             self._machine.handled(handled, time.monotonic_ns())
+        return handled >= 0 or not queue
 
     def _tick(self) -> None:
         if self._status.next_timeout() is not None and not self._queue:

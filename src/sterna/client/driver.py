@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
-_PIECE_BYTES = 64 * 1024
+_PIECE_BYTES = 128 * 1024
 _READS_MAX = 32
 """Records read before anything else is done: full ones fill the buffer sooner, small ones may come without end."""
 _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -204,7 +204,7 @@ class PollDriver:
         self._channels: dict[int, _Channel] = {}
         self._numbers: dict[int, _Channel] = {}
         self._unread: set[_Channel] = set()  # those with more to read
-        self._watched: dict[int, Callable[[int], None]] = {}
+        self._watched: dict[int, Callable[[int], bool | None]] = {}
         self._buffer = bytearray(_READ_BYTES)
         self._view = memoryview(self._buffer)
         self._addresses: AddressWatch | None = None
@@ -224,8 +224,11 @@ class PollDriver:
 
     # ---- other descriptors -------------------------------------------------------------------------------------
 
-    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Calls back when a descriptor is ready; `events` as for poll(2)."""
+    def watch(self, fd: int, events: int, callback: Callable[[int], bool | None]) -> None:
+        """Calls back when a descriptor is ready; `events` as for poll(2).
+
+        The callback returns False if it has done nothing to the machine.
+        """
         self._watched[fd] = callback
         self._poll.register(fd, events)
 
@@ -293,6 +296,13 @@ class PollDriver:
         unread, self._unread = self._unread, set()
         wait = 0 if unread else None if due is None else max(0, -((now - due) // MILLISECOND))
         ready = self._poll.poll(wait)
+        # While a terminal takes its output piece by piece, nothing else has changed.
+        while len(ready) == 1 and not unread and (alone := self._watched.get(ready[0][0])) is not None:
+            changed = alone(ready[0][1]) is not False
+            ready, now = [], time.monotonic_ns()
+            if changed or (due is not None and now >= due):
+                break
+            ready = self._poll.poll(None if due is None else -((now - due) // MILLISECOND))
         for channel in unread:
             self._receive(channel)
         for fd, events in ready:

@@ -456,16 +456,16 @@ class Terminal:
         except OSError:
             return b""
 
-    def write(self, data: bytes) -> int:
-        """Writes what the terminal takes without blocking and returns how many bytes that were.
+    def write(self, data: bytes, start: int = 0) -> int:
+        """Writes what the terminal takes of `data` from `start` on, without blocking; returns how many bytes that were.
 
         Raises `TerminalGoneError` when it is gone.
         """
         # What was written must be known before a signal may end the program, else it would not be undone.
         self._guarded = not self._blocking
         try:
-            written = self._write(data)
-            self.modes.feed(data if written == len(data) else data[:written])
+            written = self._write(data, start)
+            self.modes.feed(data if written == len(data) else data[start : start + written])
         finally:
             self._guarded = False
         if self._ending:
@@ -477,18 +477,19 @@ class Terminal:
         deadline = time.monotonic_ns() + timeout_ms * MILLISECOND
         poller = select.poll()
         poller.register(self.out_fd, select.POLLOUT)
+        sent = 0
         while True:
-            data = data[self.write(data) :]
+            sent += self.write(data, sent)
             left_ms = (deadline - time.monotonic_ns()) // MILLISECOND
-            if not data or left_ms <= 0:
-                return not data
+            if sent == len(data) or left_ms <= 0:
+                return sent == len(data)
             poller.poll(left_ms)
 
-    def _write(self, data: bytes) -> int:
-        view = memoryview(data)
+    def _write(self, data: bytes, start: int) -> int:
+        view = memoryview(data)[start:]
         written = 0
         piece = BLOCKING_PIECE_MAX_BYTES if self._blocking else PIECE_MAX_BYTES
-        while written < len(data):
+        while written < len(view):
             if self._blocking and not _writable(self._out):
                 break
             try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from sterna import limits
 from sterna.errors import UsageError
 from sterna.pod.program import DRAIN_MAX_SECONDS, DRAIN_QUIET_SECONDS, ExitStatus, Kind, Program, program_environment
-from sterna.pod.screen import PENDING_MAX_BYTES, LazyScreen, ScreenCopy
+from sterna.pod.screen import LazyScreen, ScreenCopy
 from sterna.pod.server import PodServer
 from sterna.protocol import messages
 from sterna.protocol.compress import compress
@@ -18,7 +18,8 @@ from sterna.protocol.frame import Type
 from sterna.protocol.link import Link
 from sterna.protocol.podside import Input, PodSession
 
-_BATCH_BYTES = 65_535
+_PTY_BYTES = 4_095  # what a PTY gives at once, at most
+_BATCH_BYTES = 16 * _PTY_BYTES  # with its header just four TLS records
 _SHORT_BYTES = 2_048
 _IDLE_SECONDS = 0.25
 _ESCALATE_SECONDS = 3.0
@@ -114,9 +115,8 @@ class ProgramRunner:
             return
         fd, view, size, ended = self._program.read_fd, self._server.reactor.view, 0, False
         try:
-            while size < room:
-                # A PTY gives 4 KiB at most; read into one buffer, as a new 64 KiB object for each read costs more than
-                # it.
+            while size < room and (room - size >= _PTY_BYTES or room < _PTY_BYTES):
+                # Into one buffer, as a new 64 KiB object for each read costs more than it.
                 count = os.readv(fd, [view[size:room]])
                 if not count:
                     ended = True
@@ -143,7 +143,7 @@ class ProgramRunner:
         if screen is None:
             return
         screen.feed(data)
-        if screen.backlog >= PENDING_MAX_BYTES:
+        if screen.due:
             self._catch_up(screen)
         if not self._session.audience:
             # With nobody attached nobody answers the program's questions, so our own terminal does.
@@ -164,7 +164,7 @@ class ProgramRunner:
     def _caught_up(self) -> None:
         self._behind = False
         screen = self._screen
-        if screen is not None and screen.backlog >= PENDING_MAX_BYTES:
+        if screen is not None and screen.due:
             self._catch_up(screen)
         if not self._session.starved and (screen is None or screen.backlog < _BACKLOG_MAX_BYTES):
             self._read_on()

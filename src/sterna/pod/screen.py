@@ -11,12 +11,14 @@ import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from sterna import limits
+from sterna.pod.plain import PlainTail, plain_from
 from sterna.protocol.compress import compress, decompress
 
 if TYPE_CHECKING:
     from sterna.pod.snapshot import Row
 
 PENDING_MAX_BYTES: Final = 128 * 1024
+PLAIN_MAX_BYTES: Final = 512 * 1024
 KEEP_BYTES: Final = 16 * 1024
 _PACKED_MAX_BYTES: Final = 256 * 1024 * 1024
 
@@ -37,6 +39,9 @@ class Terminal(Protocol):
 
     def at_ground(self) -> bool:
         """Says whether the parser is between sequences and characters."""
+
+    def scrolls(self) -> bool:
+        """Says whether lines move through the whole screen: there are no margins."""
 
     def snapshot(self, *, scrollback: bool = True, final: bool = False) -> bytes:
         """Returns what repaints this terminal on any other of the same size; see `sterna.pod.snapshot`."""
@@ -92,7 +97,7 @@ class LazyScreen:
     """A session's screen: bytes wait here until the engine is wanted or the program rests.
 
     `cols` and `rows` are in cells, `scrollback_lines` is how many lines are kept above the screen. The owner looks at
-    `backlog` after `feed` and has another thread `catch_up` when it is PENDING_MAX_BYTES: the engine works outside the
+    `due` after `feed` and has another thread `catch_up` when it is set: the engine works outside the
     interpreter's lock, so that neither keys nor signals wait for it. All methods may be called from any thread.
     """
 
@@ -105,6 +110,7 @@ class LazyScreen:
         "_packed",
         "_pending",
         "_silent",
+        "_tail",
         "_unfinished",
         "_written",
         "cols",
@@ -119,6 +125,7 @@ class LazyScreen:
         self._engine: Terminal | None = None
         self._packed: bytes | None = None
         self._pending = bytearray()
+        self._tail = PlainTail()
         self._answers = b""
         self._checked = 0
         # Counts of bytes: all that were written, how many of them the engine has got, and up to where nobody answers.
@@ -137,14 +144,32 @@ class LazyScreen:
         return len(self._pending)
 
     @property
+    def due(self) -> bool:
+        """Whether so much waits that `catch_up` should be called; it costs little in the midst of plain text."""
+        return len(self._pending) >= (PLAIN_MAX_BYTES if self._tail else PENDING_MAX_BYTES)
+
+    @property
     def resting(self) -> bool:
         """Whether `idle` would find nothing to do."""
         return self._engine is None and len(self._pending) <= KEEP_BYTES
 
     def catch_up(self) -> None:
-        """Feeds the engine with what is waiting."""
+        """Feeds the engine with what is waiting, but for the end of plain text: more may come, and make it needless."""
         with self._lock:
-            self._settle()
+            engine = self._unpacked()
+            pending = self._take()
+            start = plain_from(pending)
+            if start:
+                self._give(engine, pending[:start])
+            if start == len(pending):
+                return
+            if self._tail or (engine.at_ground() and engine.scrolls()):
+                self._fed += len(pending) - start
+                self._tail.add(pending[start:], self.scrollback_lines + 2 * self.rows)
+                if self._tail.full:
+                    engine.feed(self._tail.take())
+            else:
+                self._give(engine, pending[start:])
 
     def idle(self) -> None:
         """Works off what is waiting, if it is much, and packs the engine away: call it when the program rests."""
@@ -244,26 +269,39 @@ class LazyScreen:
 
     def _settle(self) -> Terminal:
         """Returns the engine, fed with everything."""
+        engine = self._unpacked()
+        pending = self._take()
+        if pending or self._tail:
+            self._give(engine, pending)
+        return engine
+
+    def _unpacked(self) -> Terminal:
         engine = self._engine
         if engine is None:
             packed = None if self._packed is None else decompress(self._packed, _PACKED_MAX_BYTES)
             engine = self._engine = open_terminal(self.cols, self.rows, self.scrollback_lines, packed=packed)
             self._packed = None
-        if self._pending:
-            # Taken in one step: `feed` goes on beside us.
-            pending, self._pending = self._pending, bytearray()
-            self._checked = 0
-            silent = self._silent - self._fed
-            if silent >= 0:
-                # What an unfinished query asks is answered by who is there when it ends.
-                engine.feed(bytes(pending[:silent]))
-                self._answers = b""
-            answers = engine.feed(bytes(pending[max(silent, 0) :]))
-            self._fed += len(pending)
-            # What a program asks in vain must not pile up: the newest answers are worth most.
-            self._answers = (self._answers + answers)[-limits.CONTROL_MAX_BYTES :]
-            self._unfinished = not engine.at_ground()
         return engine
+
+    def _take(self) -> bytes:
+        """Returns what waits, in one step: `feed` goes on beside us."""
+        pending, self._pending = self._pending, bytearray()
+        self._checked = 0
+        return bytes(pending)
+
+    def _give(self, engine: Terminal, data: bytes) -> None:
+        if self._tail:
+            engine.feed(self._tail.take())
+        silent = self._silent - self._fed
+        if silent >= 0:
+            # What an unfinished query asks is answered by who is there when it ends.
+            engine.feed(data[:silent])
+            self._answers = b""
+        answers = engine.feed(data[max(silent, 0) :])
+        self._fed += len(data)
+        # What a program asks in vain must not pile up: the newest answers are worth most.
+        self._answers = (self._answers + answers)[-limits.CONTROL_MAX_BYTES :]
+        self._unfinished = not engine.at_ground()
 
 
 class ScreenCopy:

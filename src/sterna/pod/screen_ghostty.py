@@ -241,6 +241,10 @@ class GhosttyTerminal:
         """Says whether the parser is between sequences and characters."""
         return self._flag(vt.DATA_VT_GROUND)
 
+    def scrolls(self) -> bool:
+        """Says whether lines move through the whole screen: there are no margins."""
+        return not self._extra("scrolling_region")
+
     def pack(self) -> bytes:
         """Returns everything about this terminal, an unfinished sequence included, for `packed` of a new one."""
         size = ctypes.c_size_t()

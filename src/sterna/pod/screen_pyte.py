@@ -88,6 +88,10 @@ class PyteTerminal:
         """Says whether the parser is between sequences and characters."""
         return bool(self._stream._taking_plain_text) and not self._stream.utf8_decoder.getstate()[0]
 
+    def scrolls(self) -> bool:
+        """Says whether lines move through the whole screen: there are no margins."""
+        return self._screen.margins is None
+
     def pack(self) -> bytes | None:
         """Returns None: this engine cannot be packed."""
         return None
