@@ -36,6 +36,7 @@ _PLACED = rb"(?:\x1b\[2J(?:\x1b\[[0-9;]*m)*)?\x1b(?:\[[0-9;]*[Hf]|c)"
 _SAVED = rb"\x1b(?:(?P<save>7|\[s|\[\?[0-9;]*104[89][0-9;]*h)|8|\[u|\[\?[0-9;]*104[89][0-9;]*l)"
 # What may change the style: SGR, a restored cursor, a reset, or a sequence that is cut.
 _STYLES = rb"\x1b(?:\[[0-9;:]*m|8|c|\[!p|\[u|\[\?[0-9;]*l|\Z|\[[0-?]*\Z)"
+_PLAIN_STYLES = (b"\x1b[m", b"\x1b[0m")
 _MODEL_ERRORS = (ImportError, OSError, RuntimeError, ValueError, SternaError)
 
 
@@ -113,10 +114,14 @@ class OutputTail:
 
 def may_be_styled(data: bytes, before: bool) -> bool:
     """Returns whether a style other than the default may be selected after `data`, if one may have been `before`."""
-    if b"\x1b" not in data:
+    last = data.rfind(b"\x1b")
+    if last < 0:
         return before
+    styles = re.compile(_STYLES)
+    if found := styles.match(data, last):
+        return found[0] not in _PLAIN_STYLES  # in most output the last sequence says it
     reset = max(data.rfind(b"\x1b[m"), data.rfind(b"\x1b[0m"))
-    return bool(re.compile(_STYLES).search(data, reset + 3 if reset >= 0 else 0)) or (before and reset < 0)
+    return bool(styles.search(data, reset + 3 if reset >= 0 else 0)) or (before and reset < 0)
 
 
 def unfinished(data: bytes) -> bytes | None:
