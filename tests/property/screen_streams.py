@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from sterna.pod.screen_ghostty import GhosttyTerminal
 from sterna.pod.snapshot import write_snapshot
@@ -64,8 +65,14 @@ def pieces(r: random.Random, cols: int, rows: int, count: int, *, alternate: boo
 
 
 def beyond(terminal: GhosttyTerminal) -> bool:
-    """Says whether a terminal is in one of the two states that no sequence can make (see sterna.pod.snapshot)."""
+    """Says whether a terminal is in one of the three states that no sequence can make (see sterna.pod.snapshot)."""
     state = terminal.state()
+    active = state.alternate or state.main
+    if active.cursor.origin:
+        for final, place in ((b"r", active.cursor.y), (b"s", active.cursor.x)):
+            found = re.search(rb"\x1b\[(\d+);(\d+)" + final, state.margins)
+            if found and not int(found[1]) <= place + 1 <= int(found[2]):
+                return True
     for screen in (state.main, state.alternate):
         if screen is None:
             continue

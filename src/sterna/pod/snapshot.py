@@ -6,7 +6,8 @@ smaller one is left without what it cannot show: no tab stop and, without scroll
 integration (OSC 133), the pointer's shape, synchronized output (2026), which of several mouse modes came last, what the
 alternate screen keeps while it is not shown, a soft wrap of the lowest line, a changed grapheme mode (2027) within the
 text, clusters side by side that would join, protected blanks, a blank in the last column from a space there while the
-cursor waits to wrap, and a character for REP that finds no place on the screen.
+cursor waits to wrap, a character for REP that finds no place on the screen, and a cursor that was restored to where it
+is outside of the margins in origin mode.
 """
 
 from __future__ import annotations
